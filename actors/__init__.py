@@ -1,0 +1,28 @@
+"""Reusable actors, and the plain torch that they host. Importing this imports torch."""
+
+from .checkpoints import list_checkpoints, newest_checkpoint, read_manifest
+from .corpus import Corpus, find_texts, make_corpus, read_documents
+from .optimizer import OptimizerConfig
+from .replica import Replica, StepMetrics
+from .tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
+from .train_config import TrainConfig
+from .trainer import RankInfo, Trainer
+
+__all__ = [
+    "BpeTokenizer",
+    "ByteTokenizer",
+    "Corpus",
+    "OptimizerConfig",
+    "RankInfo",
+    "Replica",
+    "StepMetrics",
+    "Tokenizer",
+    "TrainConfig",
+    "Trainer",
+    "find_texts",
+    "list_checkpoints",
+    "make_corpus",
+    "newest_checkpoint",
+    "read_documents",
+    "read_manifest",
+]

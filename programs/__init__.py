@@ -1,0 +1,1 @@
+"""Controller scripts: run them with ``python -m danaus.programs.NAME``, or copy one and change it."""

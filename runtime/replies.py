@@ -1,0 +1,439 @@
+"""Collects replies: one sink per call in flight, fed by the I/O thread, read by whoever made the call.
+
+The rules are pure given the feed: which reply completes a call, which error fails it, what is still missing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from . import wire
+from .attachment import Incoming, load_body
+from .context import local_proc
+from .errors import ActorError, CallTimeoutError, DanausError, MessageError, StoppedError, SupervisionError
+from .failure import FailureKind, MeshFailure
+from .future import Future, call_soon, refuse_inside_loop
+from .invoke import ITEM_WINDOW
+from .proc import LocalProc, unpack_failure
+from .value_mesh import ValueMesh
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+
+    from .attachment import Outgoing
+    from .link import Lane
+    from .shape import Region
+
+R = TypeVar("R")
+_MORE_AT: Final = ITEM_WINDOW // 2
+
+
+def load_reply(endpoint: str, status: int, body: bytes | None, incoming: Incoming | None) -> Any:
+    """Return the value of a reply, or raise the error it carries; runs user code."""
+    if status in {wire.OK, wire.ITEM}:
+        try:
+            return load_body(body, incoming)
+        except Exception as error:
+            import traceback
+
+            text = f"the reply could not be loaded here\n{''.join(traceback.format_exception(error))}"
+            raise MessageError(endpoint, error, text) from error
+    if status == wire.GONE:
+        raise gone_error(unpack_failure(body or b""), endpoint)
+    place, pickled, text, while_loading = load_body(body, incoming)
+    try:
+        exception = load_body(pickled, None) if pickled else None
+    except Exception:  # noqa: BLE001  told to whoever waits, or the last thing on this thread
+        exception = None
+    if not isinstance(exception, BaseException):
+        exception = None
+    raise (MessageError if while_loading else ActorError)(place, exception, text)
+
+
+def gone_error(failure: MeshFailure, endpoint: str | None) -> SupervisionError:
+    """The error for a call whose target has ended as ``failure`` says."""
+    kind = StoppedError if failure.kind is FailureKind.STOPPED else SupervisionError
+    return kind(failure, endpoint)
+
+
+class Call:
+    """What all sinks share: the lanes asked, what each message cost in credit, and how to call them off."""
+
+    __slots__ = ("endpoint", "implied_credit", "lanes", "port", "proc", "size_bytes", "slot_sizes")
+
+    def __init__(self, proc: LocalProc, endpoint: str, lanes: list[Lane], *, implied_credit: bool) -> None:
+        self.proc, self.endpoint, self.lanes = proc, endpoint, lanes
+        self.port = proc.next_port()
+        self.size_bytes = 0
+        self.slot_sizes: list[int] | None = None
+        self.implied_credit = implied_credit
+
+    def on_answered(self, slot: int) -> None:
+        """The slot's last reply is there: its message is handled, so its credit is back."""
+        if self.implied_credit:
+            # Scattered arguments differ from rank to rank.
+            size_bytes = self.size_bytes if self.slot_sizes is None else self.slot_sizes[slot]
+            self.lanes[slot].give_back(1, size_bytes)
+
+    def cancel_slots(self, slots: list[int]) -> None:
+        """Tell the actors at ``slots`` that nobody waits any more."""
+        for slot in slots:
+            lane = self.lanes[slot]
+            unsent = lane.take_back(self.port)
+            if unsent is not None:
+                self.proc.attachments.take_back(unsent, lane.proc)
+            elif lane.proc not in self.proc.gone:
+                self.proc.send(lane.proc, [wire.CANCEL, lane.actor, self.proc.proc_id, self.port])
+                # Credit is counted by the I/O thread alone.
+                self.proc.run_soon(partial(self.on_answered, slot))
+
+    def forget(self) -> None:
+        """Stop listening."""
+        self.proc.ports.pop(self.port, None)
+
+    def tell_gone(self, sink: Any) -> None:
+        """Have the I/O thread tell ``sink`` of targets gone before it was known; only that thread feeds sinks."""
+
+        def tell() -> None:
+            for proc in dict.fromkeys(lane.proc for lane in self.lanes):
+                failure = self.proc.gone.get(proc)
+                if failure is not None and sink.on_gone(proc, failure):
+                    self.forget()
+
+        self.proc.run_soon(tell)
+
+    def give_up(self, outs: Sequence[Outgoing], *, num_sent: int, is_awaited: bool) -> None:
+        """Take back what could not be sent, and call off what was."""
+        for lane, out in zip(self.lanes[num_sent:], outs[num_sent:], strict=True):
+            self.proc.attachments.take_back(out, lane.proc)
+        if is_awaited:
+            self.forget()
+            self.cancel_slots(list(range(num_sent)))
+
+
+class OneReply(Future[R]):
+    """The future of a call to one rank; its own sink."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call.endpoint)
+        self.call = call
+
+    def on_reply(self, _slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Take the reply (I/O thread)."""
+        call = self.call
+        if call.implied_credit:
+            call.lanes[0].give_back(1, call.size_bytes)
+        self._resolve(partial(load_reply, call.endpoint, status, body, incoming))
+        return True
+
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        """Fail, if it was this call's process (I/O thread)."""
+        return proc == self.call.lanes[0].proc and self._reject(gone_error(failure, self.call.endpoint))
+
+    def on_timeout(self, timeout_s: float) -> None:
+        """Fail and call it off (I/O thread)."""
+        if self._reject(CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))):
+            self._on_cancelled()
+
+    def _on_cancelled(self) -> None:
+        self.call.forget()
+        self.call.cancel_slots([0])
+
+
+class Gather:
+    """The sink of a call to many ranks: completes with all replies, or fails with the first error.
+
+    Args:
+        call: The lanes asked.
+        region: Shape of the result.
+        on_error: ``"first"`` fails on the first error or death; ``"all"`` collects each rank's outcome, errors too.
+        finish: Turns the ValueMesh into the result, on the asker's thread.
+    """
+
+    def __init__(self, call: Call, region: Region, *, on_error: str, finish: Callable[[ValueMesh[Any]], Any]) -> None:
+        self.call, self.region, self.finish = call, region, finish
+        self.fails_fast = on_error == "first"
+        self.future: Future[Any] = _GatherFuture(self)
+        self.loads: list[Callable[[], Any] | None] = [None] * len(call.lanes)
+        self.missing = len(call.lanes)
+
+    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Take one rank's reply (I/O thread)."""
+        if self.loads[slot] is not None:
+            return False
+        self.call.on_answered(slot)
+        return self._take(slot, partial(load_reply, self.call.endpoint, status, body, incoming), status == wire.OK)
+
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        """Fail what the dead process owed (I/O thread)."""
+        is_done = False
+        for slot, lane in enumerate(self.call.lanes):
+            if lane.proc == proc and self.loads[slot] is None:
+                is_done |= self._take(slot, partial(_raise, gone_error(failure, self.call.endpoint)), False)
+        return is_done
+
+    def _take(self, slot: int, load: Callable[[], Any], succeeded: bool) -> bool:
+        self.loads[slot] = load
+        self.missing -= 1
+        if not succeeded and self.fails_fast:
+            if self.future._resolve(load):
+                self.call.cancel_slots(self.missing_slots())
+            return True
+        if self.missing == 0:
+            self.future._resolve(self._collect)
+            return True
+        return False
+
+    def _collect(self) -> Any:
+        loads = [load for load in self.loads if load is not None]
+        if not self.fails_fast:
+            loads = [partial(_outcome, load) for load in loads]
+        return self.finish(ValueMesh._lazy(self.region, loads))
+
+    def missing_slots(self) -> list[int]:
+        """Slots that have not answered."""
+        return [slot for slot, load in enumerate(self.loads) if load is None]
+
+    def on_timeout(self, timeout_s: float) -> None:
+        """Fail and call off the ranks that have not answered (I/O thread)."""
+        slots = self.missing_slots()
+        names = tuple(self.call.lanes[slot].name for slot in slots)
+        if self.future._reject(CallTimeoutError(self.call.endpoint, timeout_s, names)):
+            self.call.forget()
+            self.call.cancel_slots(slots)
+
+
+class _GatherFuture(Future[Any]):
+    __slots__ = ("gather",)
+
+    def __init__(self, gather: Gather) -> None:
+        super().__init__(gather.call.endpoint)
+        self.gather = gather
+
+    def _on_cancelled(self) -> None:
+        self.gather.call.forget()
+        self.gather.call.cancel_slots(self.gather.missing_slots())
+
+
+def ask_all(
+    kind: int, what: str, lanes: list[Lane], region: Region, *, on_error: str, timeout_s: float | None = None
+) -> Future[None]:
+    """Send a PING or STOP to each lane; return a future that is there when all have answered."""
+    proc = local_proc()
+    call = Call(proc, what, lanes, implied_credit=False)
+    gather = Gather(call, region, on_error=on_error, finish=_nothing)
+    proc.ports[call.port] = gather
+    for slot, lane in enumerate(lanes):
+        lane.link.send(wire.pack([kind, lane.actor, proc.proc_id, call.port, slot]))
+    if any(lane.proc in proc.gone for lane in lanes):
+        call.tell_gone(gather)
+    if not lanes:
+        gather.future._resolve(_nothing)
+    if timeout_s is not None:
+        proc.run_at(time.monotonic() + timeout_s, partial(gather.on_timeout, timeout_s))
+    return gather.future
+
+
+def _nothing(_values: object = None) -> None:
+    return None
+
+
+class Arrivals(Generic[R]):
+    """The sink of ``stream``: one future per rank, resolved in the order in which replies arrive."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.futures: list[Future[R]] = [Future(call.endpoint) for _ in call.lanes]
+        self._answered: set[int] = set()
+
+    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Resolve the next future (I/O thread)."""
+        if slot in self._answered:
+            return False
+        self.call.on_answered(slot)
+        return self._take(slot, partial(load_reply, self.call.endpoint, status, body, incoming))
+
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        """Resolve what the dead process owed with its failure (I/O thread)."""
+        for slot, lane in enumerate(self.call.lanes):
+            if lane.proc == proc and slot not in self._answered:
+                self._take(slot, partial(_raise, gone_error(failure, self.call.endpoint)))
+        return len(self._answered) == len(self.futures)
+
+    def on_timeout(self, timeout_s: float) -> None:
+        """Resolve the rest with a timeout and call them off (I/O thread)."""
+        slots = [slot for slot in range(len(self.futures)) if slot not in self._answered]
+        error = CallTimeoutError(self.call.endpoint, timeout_s, tuple(self.call.lanes[slot].name for slot in slots))
+        self.call.forget()
+        self.call.cancel_slots(slots)
+        for slot in slots:
+            self._take(slot, partial(_raise, error))
+
+    def _take(self, slot: int, load: Callable[[], R]) -> bool:
+        index = len(self._answered)
+        self._answered.add(slot)
+        self.futures[index]._resolve(load)
+        return index + 1 == len(self.futures)
+
+
+class _Items:
+    """The sink behind an :class:`ItemStream`."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.arrived: deque[tuple[bool, Callable[[], Any]]] = deque()
+        self.changed = threading.Condition()
+        self.waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self.is_over = False
+
+    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Take one item, or the end (I/O thread)."""
+        if status != wire.ITEM:
+            self.call.on_answered(slot)
+        if status == wire.END:
+            self._put(True, _end)
+        else:
+            self._put(status != wire.ITEM, partial(load_reply, self.call.endpoint, status, body, incoming))
+        return status != wire.ITEM
+
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        """End with the failure (I/O thread)."""
+        if proc != self.call.lanes[0].proc:
+            return False
+        self._put(True, partial(_raise, gone_error(failure, self.call.endpoint)))
+        return True
+
+    def on_timeout(self, timeout_s: float) -> None:
+        """End with a timeout and close the generator (I/O thread)."""
+        if not self.is_over:
+            error = CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))
+            self.close()
+            self._put(True, partial(_raise, error))
+
+    def _put(self, is_last: bool, load: Callable[[], Any]) -> None:
+        with self.changed:
+            self.is_over |= is_last
+            self.arrived.append((is_last, load))
+            self.changed.notify_all()
+            waiter = self.waiter
+        if waiter is not None:
+            call_soon(waiter[0], waiter[1].set)
+
+    def put_end(self) -> None:
+        """Let whoever waits for an item see that none will come."""
+        self._put(True, _end)
+
+    def close(self) -> None:
+        """Tell the actor to close its generator."""
+        if not self.is_over:
+            self.is_over = True
+            self.call.forget()
+            self.call.cancel_slots([0])
+
+
+class ItemStream(Generic[R]):
+    """What a generator endpoint yields: iterate with ``for`` or ``async for``.
+
+    The generator runs at most 64 items ahead. It is closed when this object is closed or dropped, when the call's
+    timeout passes, and when the caller's process dies.
+    """
+
+    def __init__(self, items: _Items) -> None:
+        self._items = items
+        self._is_over = False
+        self._taken = 0
+        items.call.proc.num_droppable += 1
+
+    def __iter__(self) -> Iterator[R]:
+        return self
+
+    def __next__(self) -> R:
+        if self._is_over:
+            raise StopIteration
+        items = self._items
+        if not items.arrived:
+            refuse_inside_loop(repr(self), "async for")
+            with items.changed:
+                items.changed.wait_for(lambda: items.arrived)
+        return self._open(items.arrived.popleft(), StopIteration)
+
+    def __aiter__(self) -> AsyncIterator[R]:
+        return self
+
+    async def __anext__(self) -> R:
+        if self._is_over:
+            raise StopAsyncIteration
+        items = self._items
+        while not items.arrived:
+            import asyncio
+
+            event = asyncio.Event()
+            with items.changed:
+                items.waiter = asyncio.get_running_loop(), event
+            if not items.arrived:
+                await event.wait()
+        return self._open(items.arrived.popleft(), StopAsyncIteration)
+
+    def _open(self, item: tuple[bool, Callable[[], Any]], end: type[Exception]) -> R:
+        is_last, load = item
+        self._is_over = is_last
+        self._taken += 1
+        if self._taken % _MORE_AT == 0 and not is_last:
+            call = self._items.call
+            lane = call.lanes[0]
+            call.proc.send(lane.proc, [wire.MORE, lane.actor, call.proc.proc_id, call.port, _MORE_AT])
+        try:
+            return load()
+        except _StreamEnd:
+            raise end from None
+
+    def close(self) -> None:
+        """Close the generator; items not yet taken are dropped, and a thread that waits for one goes on."""
+        self._is_over = True
+        self._items.close()
+        self._items.put_end()
+
+    def __enter__(self) -> ItemStream[R]:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Inside a garbage collection, on any thread: no lock may be taken, so the I/O thread does it.
+        self._items.call.proc.on_dropped(self._items.close)
+
+    def __repr__(self) -> str:
+        return f"<ItemStream {self._items.call.endpoint}>"
+
+
+def open_stream(call: Call) -> tuple[_Items, ItemStream[Any]]:
+    """Return the sink of a generator call, and what its caller iterates."""
+    items = _Items(call)
+    return items, ItemStream(items)
+
+
+class _StreamEnd(Exception):  # noqa: N818  names a state
+    pass
+
+
+def _end() -> Any:
+    raise _StreamEnd
+
+
+def _raise(error: DanausError) -> Any:
+    raise error
+
+
+def _outcome(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except DanausError as error:
+        return error

@@ -1,0 +1,140 @@
+"""The envelope: what travels between processes, as msgpack arrays that can be laid end to end in one frame.
+
+Pure: bytes in, lists out. A frame holds any number of envelopes; the frames after the first belong, in order, to the
+envelopes that announce them. Bodies are opaque here: only the thread that uses a value unpickles it.
+
+    CALL    kind, actor, method, sender, sender_actor, port, slot, shape, flags, body, attachment
+    SPAWN   kind, actor, sender, body, attachment
+    STOP    kind, actor, sender, port, slot
+    PING    kind, actor, sender, port, slot                   answered once the actor (or the proc, with no actor) is up
+    REPLY   kind, port, slot, status, load, body, attachment
+    CANCEL  kind, actor, sender, port
+    MORE    kind, actor, sender, port, count                  the caller of a generator has room for more items
+    CREDIT  kind, from_proc, from_actor, to_actor, messages, size_bytes
+    PROBE   kind, actor, origin_proc, origin_actor, wait_id   is there a cycle of senders waiting for room?
+    LEASE   kind, holder, lease_ids                           shared memory handed back
+    EVENT   kind, name, fields                                agent to process
+    REQUEST kind, name, sender, fields                        process to agent
+
+An attachment is None, the number of frames that follow, or the packed reference of a shared memory segment. A body of
+None is the first buffer of the attachment.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgpack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Envelope: TypeAlias = list[Any]
+
+CALL: Final = 0
+SPAWN: Final = 1
+STOP: Final = 2
+REPLY: Final = 3
+CANCEL: Final = 4
+MORE: Final = 5
+CREDIT: Final = 6
+PROBE: Final = 7
+LEASE: Final = 8
+EVENT: Final = 9
+REQUEST: Final = 10
+PING: Final = 11
+
+_ATTACHMENT_AT: Final = {CALL: 10, SPAWN: 4, REPLY: 6}
+_FIELDS: Final = {
+    CALL: 11,
+    SPAWN: 5,
+    STOP: 5,
+    REPLY: 7,
+    CANCEL: 4,
+    MORE: 5,
+    CREDIT: 6,
+    PROBE: 5,
+    LEASE: 3,
+    EVENT: 3,
+    REQUEST: 4,
+    PING: 5,
+}
+
+# Status of a REPLY.
+OK: Final = 0
+"""The value; the last reply of this slot."""
+ERROR: Final = 1
+"""An exception; the last reply of this slot."""
+ITEM: Final = 2
+"""One item of a generator; more may follow."""
+END: Final = 3
+"""The generator is exhausted."""
+GONE: Final = 4
+"""The target has failed or been stopped; the body is a pickled MeshFailure."""
+
+# Bits of a CALL's flags.
+RETURN_CREDIT: Final = 1
+"""No single reply ends this message, so its credit is returned by a message of its own."""
+
+UNDECORATED: Final = 2
+"""``as_endpoint`` named the method at the call site."""
+EXPLICIT_PORT: Final = 4
+"""...and it answers on a port of its own."""
+
+_NIL: Final = msgpack.packb(None)
+
+pack = msgpack.Packer(autoreset=True).pack
+"""Pack one envelope. One shared packer: it never lets go of the GIL while it works."""
+
+
+class WireError(ValueError):
+    """A frame is not a sequence of well-formed envelopes."""
+
+
+def unpack(frames: Sequence[Any]) -> Iterator[Envelope]:
+    """Yield the envelopes of one ZeroMQ message, with the frames that belong to an envelope put in its place.
+
+    Args:
+        frames: The message's frames; the first holds the envelopes.
+
+    Raises:
+        WireError: If the first frame is malformed or cut off, or announces frames that are not there.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=0, strict_map_key=False)
+    used = 1
+    try:
+        unpacker.feed(frames[0])
+        for envelope in unpacker:
+            at = _ATTACHMENT_AT.get(_check(envelope))
+            if at is not None and type(envelope[at]) is int:
+                count = envelope[at]
+                if not 0 < count <= len(frames) - used:
+                    raise WireError(f"envelope announces {count} frames, {len(frames) - used} are left")
+                envelope[at] = frames[used : used + count]
+                used += count
+            yield envelope
+        # What was cut off takes the nil for a part of itself.
+        unpacker.feed(_NIL)
+        if next(unpacker, _NIL) is not None:
+            raise WireError("the last envelope is cut off")
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
+        raise WireError(f"malformed frame: {error}") from error
+
+
+def unpack_one(frame: bytes) -> Envelope | None:
+    """Return the only envelope of a frame, or None where the frame needs :func:`unpack`; the fast path."""
+    try:
+        envelope = msgpack.unpackb(frame, strict_map_key=False)
+    except (msgpack.UnpackException, ValueError, TypeError):
+        return None
+    at = _ATTACHMENT_AT.get(_check(envelope))
+    return None if at is not None and type(envelope[at]) is int else envelope
+
+
+def _check(envelope: object) -> int:
+    try:
+        if type(envelope) is list and len(envelope) == _FIELDS[envelope[0]]:
+            return envelope[0]
+    except (IndexError, KeyError, TypeError):
+        pass
+    raise WireError(f"not an envelope: {envelope!r:.80}")

@@ -1,0 +1,211 @@
+"""The life of a proc, from the fork to the exit.
+
+The main thread runs the bootstrap, then the first actor; further actors get threads of their own. On stop every actor
+is cleaned up before the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import faulthandler
+import inspect
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final
+
+from .boot import read_boot_file
+from .context import ActorInstance, bind_instance, set_local_proc
+from .cpus import Binding, apply_binding
+from .failure import FailureKind
+from .invoke import local_traceback
+from .kernel import set_process_name
+from .proc import AGENT, ROOT, LocalProc
+from .runner import ActorRunner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from . import wire
+
+STOP_LIMIT_S: Final = 3.5
+"""Time that all actors of a proc together have for their cleanup."""
+
+_log = logging.getLogger("danaus")
+
+
+def run_worker(request: dict[str, Any], out: int, err: int, agent: int) -> None:
+    """Be a proc; returns never.
+
+    Args:
+        request: What the agent asked for; see ``agent.py``.
+        out: Descriptor that becomes standard output.
+        err: Descriptor that becomes standard error.
+        agent: Pid of the host agent, which this process does not outlive.
+    """
+    del agent
+    _take_stdio(out, err)
+    os.environ.update(request["env"])
+    set_process_name(request["proc"])
+    apply_binding(Binding(_numbers(request.get("cpus")), _numbers(request.get("mem_nodes"))))
+    _reseed()
+    local = LocalProc(
+        request["proc"], directory=request["directory"], path=request["path"], host=request["host"]
+    )  # fmt: skip
+    set_local_proc(local)
+    worker = Worker(local, request)
+    worker.run()
+
+
+def _numbers(values: list[int] | None) -> frozenset[int] | None:
+    return None if values is None else frozenset(values)
+
+
+class Worker:
+    """One proc: its actors, and the jobs of its main thread."""
+
+    def __init__(self, local: LocalProc, request: dict[str, Any]) -> None:
+        self._local, self._request = local, request
+        self._jobs: SimpleQueue[ActorRunner | None] = SimpleQueue()
+        self._main_is_free = True
+        self._is_ready = False
+        self._waiting: list[Callable[[], None]] = []
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        local.on_spawn = self._on_spawn
+        self._reason_noted = threading.Event()
+        local.on_event["noted"] = lambda _fields: self._reason_noted.set()
+        local.on_event["stop"] = self._on_stop
+        local.on_event["log_level"] = lambda fields: logging.getLogger().setLevel(fields["level"])
+        local.when_ready = self._when_ready
+
+    def run(self) -> None:
+        """Live until stopped; then exit the process."""
+        local = self._local
+        local.start(os.path.join(local.directory, AGENT))
+        local.request("up", {"proc": local.proc_id, "path": self._request["path"]})
+        if not self._bootstrap():
+            self._exit(1)
+        local.run_soon(self._on_ready)
+        while (runner := self._jobs.get()) is not None:
+            runner.run()
+            bind_instance(ActorInstance(local, None, ROOT, None))
+            self._main_is_free = True
+        deadline_s = time.monotonic() + STOP_LIMIT_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        with contextlib.suppress(Exception):
+            atexit._run_exitfuncs()
+        self._exit(0)
+
+    def _exit(self, code: int) -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        self._local.stop()
+        os._exit(code)
+
+    def _bootstrap(self) -> bool:
+        local = self._local
+        try:
+            boot = read_boot_file(self._request["boot_file"])
+            sys.path[:] = boot.sys_path
+            sys.argv[:] = [boot.argv0]
+            with contextlib.suppress(OSError):
+                os.chdir(boot.directory)
+            for module in self._request["imports"]:
+                __import__(module)
+            set_torch_threads()
+            outcome = boot.bootstrap() if boot.bootstrap is not None else None
+            if inspect.iscoroutine(outcome):
+                asyncio.run(outcome)
+        except BaseException as error:  # noqa: BLE001  told to whoever waits, or the last thing on this thread
+            text = local_traceback(error)
+            local.request("failing", {"kind": FailureKind.BOOTSTRAP_ERROR.value, "traceback": text})
+            # Else the agent may see the exit before the reason for it.
+            self._reason_noted.wait(1.0)
+            return False
+        return True
+
+    # the I/O thread
+
+    def _when_ready(self, task: Callable[[], None]) -> None:
+        if self._is_ready:
+            task()
+        else:
+            self._waiting.append(task)
+
+    def _on_ready(self) -> None:
+        self._is_ready = True
+        waiting, self._waiting = self._waiting, []
+        for task in waiting:
+            task()
+
+    def _on_spawn(self, envelope: wire.Envelope) -> None:
+        runner = ActorRunner(self._local, envelope)
+        self._local.add_actor(runner.key, runner)
+        self._when_ready(lambda: self._launch(runner))
+
+    def _launch(self, runner: ActorRunner) -> None:
+        if self._main_is_free:
+            self._main_is_free = False
+            self._jobs.put(runner)
+            return
+        thread = threading.Thread(target=self._run_apart, args=(runner,), name=f"danaus-{runner.key}", daemon=True)
+        self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+        thread.start()
+
+    @staticmethod
+    def _run_apart(runner: ActorRunner) -> None:
+        set_torch_threads()
+        runner.run()
+
+    def _on_stop(self, _fields: dict[str, Any]) -> None:
+        for runner in reversed(list(self._local.actors.values())):
+            runner.request_stop()
+        self._jobs.put(None)
+
+
+def set_torch_threads() -> None:
+    """Give the calling thread the number of OpenMP threads that the environment asks for; it is set per thread."""
+    torch = sys.modules.get("torch")
+    count = os.environ.get("OMP_NUM_THREADS", "")
+    if torch is not None and count.isdigit():
+        torch.set_num_threads(int(count))
+
+
+def _take_stdio(out: int, err: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    for fd in (null, out, err):
+        os.close(fd)
+    # New objects: those of the zygote may have been closed or wrapped by what it imported.
+    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115  lives as long as the process
+    sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115  lives as long as the process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable(file=2)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def _reseed() -> None:
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        # Not torch.manual_seed: it looks for every accelerator there is and touches megabytes of shared pages.
+        torch.default_generator.manual_seed(int.from_bytes(os.urandom(8), "little") >> 1)

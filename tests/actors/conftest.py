@@ -1,0 +1,45 @@
+"""Groups of ranks in the threads of one process: collectives are real, nothing has to be started."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import pytest
+
+R = TypeVar("R")
+RunRanks = Callable[[int, Callable[[int, Any], R]], list[R]]
+
+collect_ignore_glob = [] if find_spec("torch") else ["*.py"]
+
+
+@pytest.fixture
+def run_ranks() -> RunRanks[Any]:
+    """Call ``function(rank, group)`` for each of n ranks at once; return what they return, in rank order."""
+    import torch.distributed as dist
+
+    def run(num_ranks: int, function: Callable[[int, Any], R]) -> list[R]:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        results: dict[int, R] = {}
+        errors: list[BaseException] = []
+
+        def rank(number: int) -> None:
+            try:
+                group = dist.ProcessGroupGloo(store, number, num_ranks, timedelta(seconds=15))
+                results[number] = function(number, group)
+            except BaseException as error:  # noqa: BLE001  raised again by the test's thread
+                errors.append(error)
+
+        threads = [threading.Thread(target=rank, args=(number,)) for number in range(num_ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[number] for number in range(num_ranks)]
+
+    return run
