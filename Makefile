@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint
 
 help:
 	@echo "make setup   create $(VENV) with everything that development needs"
-	@echo "make demo    train a small model on two processes (programs/train.py)"
+	@echo "make demo    train a small model on four processes, lose one, go on (programs/train.py)"
 	@echo "make test    run the tests"
 	@echo "make check   lint, formatting, types"
 	@echo "make format  apply the formatter and the linter's safe fixes"
@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m danaus.programs.train $(ARGS)
+	$(BIN)/python -m danaus.programs.train --kill-rank-at 120 $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,5 +60,5 @@ soak: setup
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist danaus.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist runs danaus.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,8 +6,8 @@
 A checkpoint is written beside its place, flushed to disk and renamed into it. One process at a time writes to a
 directory.
 
-Torch's own coordination of several writers needs the default process group (without one, a ``process_group=`` of its
-arguments is ignored in torch 2.13), which these processes do not have. Replicas are equal, so one rank writes for all.
+Replicas are equal, so one rank writes for all, without a collective. (Torch coordinates several writers through the
+default process group only: where there is none, torch 2.13 ignores the ``process_group=`` that it is given.)
 """
 
 from __future__ import annotations

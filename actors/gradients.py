@@ -11,6 +11,7 @@ starts afresh.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +57,11 @@ class GradientBuckets:
         return len(self._buckets)
 
     def begin(self) -> None:
-        """Set all gradients to zero and forget what an earlier step left unfinished."""
-        self._sending, self._next, self._works = False, 0, []
+        """Set all gradients to zero, once what an earlier step left unfinished no longer writes to them."""
+        while self._works:
+            with suppress(RuntimeError):
+                self._works.pop(0).wait()
+        self._sending, self._next = False, 0
         for bucket in self._buckets:
             bucket.flat.zero_()
             bucket.missing = len(bucket.weights)
@@ -80,9 +84,9 @@ class GradientBuckets:
         """
         while self._next < len(self._buckets):
             self._send_next()
-        works, self._works, self._sending = self._works, [], False
-        for work in works:
-            work.wait()
+        self._sending = False
+        while self._works:
+            self._works.pop(0).wait()
 
     def _on_gradient(self, bucket: _Bucket, _weight: Tensor) -> None:
         if not self._sending:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from .batches import Batches, mixed_seed, share, validation_windows
 from .checkpoints import Manifest, load_checkpoint, read_manifest, save_checkpoint
 from .gradients import GradientBuckets
-from .memory import memory_bytes
+from .memory import MemoryMeter
 from .models.generate import generate
 from .models.llama import next_token_loss
 from .optimizer import learning_rate, set_learning_rate
@@ -44,7 +44,7 @@ class StepMetrics:
         lr: Learning rate of the step.
         num_tokens: Tokens of the global batch.
         duration_s: From the first forward to the updated weights.
-        memory_bytes: See :func:`memory_bytes`.
+        memory_bytes: See :class:`MemoryMeter`.
     """
 
     step: int
@@ -94,6 +94,7 @@ class Replica:
         )
         self._held_out = validation_windows(corpus.val_tokens, seq_len=config.seq_len, max_windows=config.eval_windows)
         self.state = TrainState.fresh(config, self.device)
+        self._memory = MemoryMeter(self.device)
         self._buckets = GradientBuckets(self.state.model.parameters(), bucket_bytes=config.bucket_bytes)
 
     def step(self, group: dist.ProcessGroup | None = None) -> StepMetrics:
@@ -119,14 +120,15 @@ class Replica:
         set_learning_rate(state.optimizer, lr)
         state.optimizer.step()
         state.step += 1
+        now_s = time.perf_counter()
         return StepMetrics(
             step=state.step,
             loss=loss,
             grad_norm=norm,
             lr=lr,
             num_tokens=config.tokens_per_step,
-            duration_s=time.perf_counter() - started_s,
-            memory_bytes=memory_bytes(self.device),
+            duration_s=now_s - started_s,
+            memory_bytes=self._memory.read_bytes(now_s=now_s),
         )
 
     def _gradients(self, group: dist.ProcessGroup | None) -> float:
@@ -145,9 +147,10 @@ class Replica:
             if is_last:
                 self._buckets.send_during(group)
             (loss / config.tokens_per_step).backward()
+        self._buckets.finish()
+        # after the buckets: every rank has to start the same collectives in turn
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
-        self._buckets.finish()
         return float(loss_sum) / config.tokens_per_step
 
     def _micro_batches(self) -> Iterator[tuple[range, bool]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from ..runtime.actor import Actor, endpoint
-from ..runtime.context import current_rank, current_size
+from ..runtime.context import current_rank
 from ..runtime.groups import process_group
 from .checkpoints import newest_checkpoint
 from .replica import Replica, StepMetrics
@@ -57,18 +57,22 @@ class Trainer(Actor):
         >>> from danaus.actors.models import tiny
         >>> config = TrainConfig(model=tiny(), seq_len=32, batch_size=8)
         >>> corpus = make_corpus(["to be or not to be, that is the question. " * 100])
-        >>> with this_host().spawn_procs({"dp": 2}) as procs:
+        >>> with this_host().spawn_procs({"dp": 2}, preload=Trainer.PRELOAD) as procs:
         ...     trainers = procs.spawn("trainers", Trainer, config, corpus)
         ...     losses = [trainers.step.call().get(timeout=60).item(dp=0).loss for _ in range(5)]
         >>> losses[-1] < losses[0]
         True
     """
 
+    PRELOAD: ClassVar = ("danaus.actors", "numpy", "torch._dynamo", "torch.distributed.checkpoint")
+    """For ``spawn_procs(preload=...)``: torch's optimizers import its compiler, which takes more than a second, and the
+    first checkpoint imports the rest."""
+
     def __init__(self, config: TrainConfig, corpus: Corpus) -> None:
         self._replica = Replica(config, corpus, rank=current_rank().rank, num_ranks=current_rank().extent.nelements)
 
     def _group(self) -> torch.distributed.ProcessGroup | None:
-        return process_group(*current_size()) if self._replica.num_ranks > 1 else None
+        return process_group() if self._replica.num_ranks > 1 else None
 
     @endpoint
     def describe(self) -> RankInfo:

@@ -3,7 +3,7 @@
     python -m danaus.programs.train
     python -m danaus.programs.train --ranks 2 --steps 500 --text 'books/**/*.txt' --bpe-vocab 2048
     python -m danaus.programs.train --kill-rank-at 120
-    python -m danaus.programs.train --out runs/mine --resume
+    python -m danaus.programs.train --out out/mine --resume
 
 Four ranks of one thread each take about a minute on two cores; the loss falls from 5.2 to about 1.8 nats per byte, and
 the sample at the end looks like Python from a distance. Checkpoints, loss, its plot and the sample are in ``--out``.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from danaus import ActorError, CallTimeoutError, SupervisionError, this_host
+from danaus import ActorError, SupervisionError, this_host
 from danaus.actors import (
     BpeTokenizer,
     ByteTokenizer,
@@ -41,7 +41,6 @@ from danaus.programs.progress import TrainingBar
 from danaus.programs.run_log import RunLog
 
 MODELS = {"tiny": tiny, "small": small, "base": base}
-PRELOAD = ("torch", "numpy", "torch.distributed.checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +72,7 @@ class Config:
     seed: int = 0
     """Of weights, data order and sample."""
     out: str | None = None
-    """Folder for checkpoints, plot and sample; by default a new one under runs/."""
+    """Folder for checkpoints, plot and sample; by default a new one under out/."""
     save_every: int = 50
     """Steps between checkpoints, which are also evaluated."""
     resume: bool = False
@@ -105,16 +104,17 @@ def main(config: Config) -> RunLog:
     with TrainingBar(config.steps) as bar:
         bar.say(f"files of this run go to {out}")
         for recoveries_left in range(config.max_recoveries, -1, -1):
-            with this_host().spawn_procs({"dp": config.ranks}, name="trainers", preload=PRELOAD) as procs:
+            with this_host().spawn_procs({"dp": config.ranks}, name="trainers", preload=Trainer.PRELOAD) as procs:
                 trainers = procs.spawn("trainers", Trainer, plan, corpus)
                 try:
                     train(trainers, config, log, bar)
                     break
                 except (SupervisionError, ActorError) as error:
-                    if not recoveries_left or not has_lost_rank(trainers, error):
+                    loss = find_loss(trainers, error)
+                    if loss is None or not recoveries_left:
                         raise
                     log.on_rank_lost()
-                    bar.say(f"a rank is lost: {error}\nstarting new ranks from the newest checkpoint")
+                    bar.say(f"a rank is lost: {loss}\nstarting new ranks from the newest checkpoint")
     print(f"{log.summary()}\n\n{log.sample}")
     return log
 
@@ -161,15 +161,12 @@ def finish(trainers: Trainer, config: Config, log: RunLog) -> None:
     log.plot()
 
 
-def has_lost_rank(trainers: Trainer, error: Exception) -> bool:
-    """Whether a rank is gone: when one dies in a collective, another's complaint about it may arrive first."""
+def find_loss(trainers: Trainer, error: Exception) -> SupervisionError | None:
+    """Return what tells of a dead rank; when one dies in a collective, a peer may complain about it first."""
     if isinstance(error, SupervisionError):
-        return True
-    try:
-        trainers.describe.options(timeout=5.0).call().get()
-    except (SupervisionError, CallTimeoutError):
-        return True
-    return False
+        return error
+    asked = trainers.describe.options(timeout=5.0).call().exception()
+    return asked if isinstance(asked, SupervisionError) else None
 
 
 def read_corpus(config: Config) -> Corpus:
@@ -208,7 +205,7 @@ def newest_step(out: Path) -> int:
 
 def run_folder(config: Config) -> Path:
     """Return the absolute folder of the run's files; refuse one that holds another run."""
-    out = Path(config.out or time.strftime("runs/train-%Y%m%d-%H%M%S")).absolute()
+    out = Path(config.out or time.strftime("out/train-%Y%m%d-%H%M%S")).absolute()
     if newest_checkpoint(out) and not config.resume:
         raise FileExistsError(f"{out} holds checkpoints: add --resume to go on from them, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,14 @@ from . import wire
 from .actor import EndpointOptions, endpoints_of, spec_of
 from .adverbs import CallOptions, Endpoint
 from .context import current_instance, current_key, local_proc
-from .errors import SupervisionError
 from .mesh_trait import MeshTrait
 from .payload import dump
-from .replies import ask_all
+from .replies import ask_all, gone_error
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .future import Future
     from .link import Lane
     from .mesh import ProcMesh
@@ -119,17 +121,17 @@ class ActorMesh(MeshTrait):
     def __repr__(self) -> str:
         return f"<ActorMesh {self.name!r} of {self._actor_class.__qualname__} {self.extent}>"
 
-    def process_group(self, *dims: str) -> Any:
+    def process_group(self, *dims: str, backend: str | None = None, timeout: float = 60.0) -> ProcessGroup:
         """Return this rank's torch ProcessGroup along ``dims`` of this mesh; see :func:`danaus.process_group`."""
         from .groups import process_group_of
 
-        return process_group_of(self, dims)
+        return process_group_of(self, dims, backend=backend, timeout=timeout)
 
-    def device_mesh(self, *dims: str) -> Any:
+    def device_mesh(self, *dims: str, backend: str | None = None, timeout: float = 60.0) -> DeviceMesh:
         """Return a torch DeviceMesh over ``dims`` of this mesh; see :func:`danaus.device_mesh`."""
         from .groups import device_mesh_of
 
-        return device_mesh_of(self, dims)
+        return device_mesh_of(self, dims, backend=backend, timeout=timeout)
 
 
 class _PlainMethod:
@@ -180,7 +182,7 @@ def spawn_actors(
     targets = procs._proc_ids()
     for target in targets:
         if target in proc.gone:
-            raise SupervisionError(
+            raise gone_error(
                 proc.gone[target], f"spawn of {name!r}; slice the mesh to its living ranks, or spawn new procs"
             )
     payload = dump((mesh, args, kwargs, owner.actor_id))

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import time
-import weakref
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
 
 from . import wire
 from .attachment import BODY_APART_BYTES
+from .caller import Caller, CallOptions
 from .choice import pick
 from .context import current_instance, current_key, local_proc
-from .errors import CallTimeoutError, MailboxFull, MessageError
-from .future import in_event_loop
+from .item_stream import ItemStream, open_stream
 from .lockstep import LockstepStream
-from .payload import Payload, dump, dump_plain, is_plain_tuple
+from .payload import dump_plain, is_plain_tuple
 from .reduction import reducer
-from .replies import Arrivals, Call, Gather, ItemStream, OneReply, gone_error, open_stream
-from .scatter import Scatter, scattered
+from .replies import Arrivals, Call, Gather, OneReply
+from .scatter import scattered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from .actor import EndpointSpec
     from .actor_mesh import ActorMesh
-    from .attachment import Outgoing
     from .future import Future
     from .link import Lane
     from .proc import LocalProc
@@ -33,148 +27,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R", covariant=True)
-_PING: Final = "__ping__"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallOptions:
-    """What ``endpoint.options(...)`` sets.
-
-    Attributes:
-        timeout: Seconds until the call fails with CallTimeoutError and is called off; None waits.
-        on_error: ``"first"`` fails a call with its first error; ``"all"`` returns each rank's outcome, errors too.
-        reduce: Name of an operation, or a function of two values, that joins a call's values in rank order.
-    """
-
-    timeout: float | None = None
-    on_error: Literal["first", "all"] = "first"
-    reduce: Any = None
-
-    def __post_init__(self) -> None:
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"options(timeout={self.timeout!r}): expected seconds above zero, or None")
-        if self.on_error not in {"first", "all"}:
-            raise ValueError(f'options(on_error={self.on_error!r}): expected "first" or "all"')
-        if self.reduce is not None:
-            reducer(self.reduce)
-            if self.on_error == "all":
-                raise ValueError('options(reduce=..., on_error="all"): errors cannot be reduced; use one of the two')
-
-
-class _Caller:
-    """The sending half that all adverbs share."""
-
-    def __init__(self, mesh: ActorMesh, spec: EndpointSpec, options: CallOptions, flags: int = 0) -> None:
-        self._mesh, self._spec, self._options, self._flags = mesh, spec, options, flags
-        self._name = f"{mesh.name}.{spec.name}"
-        self._implied_credit = not (spec.is_stream or spec.options.explicit_response_port)
-        self._is_simple = self._implied_credit and options == CallOptions()
-
-    def __call__(self, *_args: object, **_kwargs: object) -> Any:
-        raise TypeError(
-            f"{self._name}: an endpoint is not called directly; say how: .call(...) for all ranks, .call_one(...) "
-            "for one, .choose(...), .stream(...) or .broadcast(...)"
-        )
-
-    def __repr__(self) -> str:
-        return f"<Endpoint {self._name} on {self._mesh!r}>"
-
-    def _fit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, CallOptions]:
-        """Check the arguments against the signature; take ``reduce=`` out unless it is one of them."""
-        options = self._options
-        if "reduce" in kwargs and "reduce" not in self._spec.parameters:
-            options = replace(options, reduce=kwargs.pop("reduce"))
-        self._spec.check(*args, **kwargs)
-        return (args, kwargs), options
-
-    def _new_call(self, proc: LocalProc, lanes: list[Lane]) -> Call:
-        return Call(proc, self._name, lanes, implied_credit=self._implied_credit)
-
-    def _send(self, call: Call, sink: Any, arguments: Any, options: CallOptions) -> None:
-        """Send one message to each lane of ``call``, whose replies go to ``sink``."""
-        proc, port = call.proc, call.port if sink is not None else 0
-        lanes = call.lanes
-        payloads = self._dump(arguments, len(lanes))
-        deadline_s = None if options.timeout is None else time.monotonic() + options.timeout
-        flags = self._flags if call.implied_credit and sink is not None else self._flags | wire.RETURN_CREDIT
-        extent = self._mesh.extent
-        shape = (extent.labels, extent.sizes) if extent.labels else None
-        if sink is not None:
-            proc.ports[port] = sink
-        outs = self._snapshots(proc, payloads, lanes)
-        call.size_bytes = outs[0].size_bytes if outs else 0
-        if len(payloads) > 1:
-            call.slot_sizes = [out.size_bytes for out in outs]
-        sender = current_key()
-        for slot, (lane, out) in enumerate(zip(lanes, outs, strict=True)):
-            head = [wire.CALL, lane.actor, self._spec.name, proc.proc_id, sender, port, slot, shape, flags]
-            data = wire.pack([*head, out.body, out.attachment])
-            if not lane.try_post(data, out.frames, out.size_bytes):
-                try:
-                    self._post_waiting(proc, lane, port, data, out, sink, deadline_s)
-                except BaseException:
-                    call.give_up(outs, num_sent=slot, is_awaited=sink is not None)
-                    raise
-        if proc.gone:
-            self._fail_gone(call, sink, outs)
-        if options.timeout is not None and deadline_s is not None and sink is not None:
-            proc.run_at(deadline_s, partial(_time_out, weakref.ref(sink), options.timeout))
-
-    def _snapshots(self, proc: LocalProc, payloads: Sequence[Payload], lanes: list[Lane]) -> list[Outgoing]:
-        if len(payloads) == 1:
-            out = proc.snapshot(payloads[0], [lane.proc for lane in lanes])
-            return [out] * len(lanes)
-        return [proc.snapshot(payload, [lane.proc]) for payload, lane in zip(payloads, lanes, strict=True)]
-
-    def _dump(self, arguments: Any, num_ranks: int) -> list[Payload]:
-        args, kwargs = arguments
-        try:
-            for value in (*args, *kwargs.values()):
-                if type(value) is Scatter:
-                    return [dump(each) for each in scattered(args, kwargs, self._mesh.extent, num_ranks)]
-            return [dump(arguments)]
-        except (ValueError, IndexError):
-            raise
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            reason = f"an argument cannot be pickled here ({why}); pass plain data, arrays, tensors or handles"
-            raise MessageError(self._name, error, reason) from error
-
-    def _post_waiting(
-        self, proc: LocalProc, lane: Lane, port: int, data: bytes, out: Outgoing, sink: Any, deadline_s: float | None
-    ) -> None:
-        """The mailbox is full: wait for room on this thread, or, on an event loop, queue at the sender."""
-        if in_event_loop():
-            if sink is None:
-                raise MailboxFull(lane.name, lane.account.bound)
-            lane.post_later(port, data, out)
-            return
-        sender = current_key()
-        proc.blocked[sender] = lane
-        try:
-            while not lane.try_post(data, out.frames, out.size_bytes):
-                if lane.proc in proc.gone:
-                    return
-                if not lane.wait_room(proc.proc_id, deadline_s, lambda: lane.proc in proc.gone):
-                    assert deadline_s is not None
-                    raise CallTimeoutError(
-                        f"{self._name} (its mailbox is full)", self._options.timeout or 0, (lane.name,)
-                    )
-        finally:
-            proc.blocked.pop(sender, None)
-
-    def _fail_gone(self, call: Call, sink: Any, outs: Sequence[Outgoing]) -> None:
-        proc = call.proc
-        gone = [(lane, out) for lane, out in zip(call.lanes, outs, strict=True) if lane.proc in proc.gone]
-        for lane, out in gone:
-            proc.attachments.take_back(out, lane.proc)
-        if gone and sink is None:
-            raise gone_error(proc.gone[gone[0][0].proc], self._name)
-        if gone:
-            call.tell_gone(sink)
-
-
-class _Adverbs(_Caller):
+class _Adverbs(Caller):
     def options(
         self,
         *,
@@ -262,7 +117,7 @@ class _Adverbs(_Caller):
         Raises:
             TypeError: The arguments do not fit the signature.
         """
-        arguments, options = self._fit(args, kwargs)
+        arguments, options = self._fit(args, kwargs, may_reduce=not self._spec.is_stream)
         proc = local_proc()
         lanes = self._lanes(proc)
         if self._spec.is_stream:
@@ -288,12 +143,15 @@ class _Adverbs(_Caller):
 
         Args:
             *args: For the endpoint.
-            session: Calls with an equal (hashable) session go to the same rank while it lives.
+            session: Calls whose session has an equal ``repr`` go to the same rank while it lives. It is the endpoint's
+                where that has a parameter of this name.
             **kwargs: For the endpoint.
 
         Returns:
             A Future of the value; for a generator endpoint, an iterator of its items.
         """
+        if session is not None and "session" in self._spec.parameters:
+            kwargs["session"], session = session, None
         arguments, options = self._fit(args, kwargs)
         lanes = self._lanes(local_proc())
         if not lanes:
@@ -344,16 +202,9 @@ class _Adverbs(_Caller):
         )
 
 
-def _time_out(sink: weakref.ref[Any], timeout_s: float) -> None:
-    # Not the sink itself: a call that was answered long before would stay in memory until its deadline.
-    waiting = sink()
-    if waiting is not None:
-        waiting.on_timeout(timeout_s)
-
-
 if TYPE_CHECKING:
 
-    class Endpoint(_Caller, Generic[P, R]):
+    class Endpoint(Caller, Generic[P, R]):
         """A method of an actor mesh that can be called remotely. Made by attribute access on the mesh."""
 
         def options(
@@ -365,7 +216,7 @@ if TYPE_CHECKING:
         def stream(self, *args: P.args, **kwargs: P.kwargs) -> Iterator[Future[R]]: ...
         def broadcast(self, *args: P.args, **kwargs: P.kwargs) -> None: ...
 
-    class StreamingEndpoint(_Caller, Generic[P, R]):
+    class StreamingEndpoint(Caller, Generic[P, R]):
         """A generator method of an actor mesh; its caller iterates."""
 
         def options(self, *, timeout: float | None = ...) -> StreamingEndpoint[P, R]: ...

@@ -1,6 +1,6 @@
 """The host agent: the one daemon on a host that starts processes, watches them and tells who waits for them.
 
-It never unpickles and runs no user code. Run by the controller as ``python -m danaus.runtime.agent``.
+It never unpickles and runs no user code. The controller starts it in a Python of its own (see interpreter.py).
 
     controller --REQUEST--> agent --fork request--> zygote --fork--> procs (children of the agent)
     agent --EVENT--> controller and procs: up, died, log, stop
@@ -17,7 +17,6 @@ import select
 import shutil
 import signal
 import socket
-import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,20 +24,17 @@ import zmq
 
 from . import wire
 from .devices import DeviceLeases, device_env, read_gpus, usable_devices
-from .failure import FailureKind
+from .failure import FailureKind, pack_failure
 from .kernel import adopt_orphans
 from .link import MULTIPART, Link
 from .log_files import LogFiles
 from .logs import LineSplitter, Tail
-from .proc import AGENT, pack_failure
-from .proc_table import AskStop, Command, ProcTable, TellGone, TellUp
+from .proc import AGENT
+from .proc_table import GRACE_AFTER_ERROR_S, AskStop, Command, ProcTable, TellGone, TellUp
 from .zygotes import Zygotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-QUIT_GRACE_S: Final = 1.0
-"""Time that procs have for their cleanup when the controller is gone; all are gone within 2 s."""
 
 _READ_BYTES: Final = 1 << 16
 _log = logging.getLogger("danaus.agent")
@@ -87,6 +83,7 @@ class Agent:
             watch=self._watch,
             unwatch=self._unwatch,
             on_started=self._on_started,
+            started=self._started_pids,
             on_failed=self._on_not_started,
             warn=self._warn,
         )
@@ -157,6 +154,7 @@ class Agent:
         if name == "spawn":
             self._on_spawn(sender, fields)
         elif name == "up":
+            self._zygotes.on_up(fields["proc"], fields["pid"])
             self._link(fields["proc"], fields["path"])
             self._carry_out(self._table.on_up(fields["proc"]))
         elif name == "watch":
@@ -167,7 +165,7 @@ class Agent:
             self._table.on_failing(sender, FailureKind(fields["kind"]), fields["traceback"])
             self._tell(sender, "noted", {})
         elif name == "stop":
-            self._carry_out(self._table.on_stop(fields["procs"], now_s=now_s))
+            self._carry_out(self._table.on_stop(fields["procs"], now_s=now_s, grace_s=fields["grace_s"]))
         elif name == "quit":
             self._quit()
         else:
@@ -180,6 +178,9 @@ class Agent:
         for proc in procs:
             # The owner may order and ask in either way round; it hears of its own meshes unasked.
             self._table.on_watch(proc, owner)
+        if owner in self._table.gone:
+            self._on_not_started(procs, f"its owner {owner} had ended", "")
+            return
         try:
             envs = self._device_envs(mesh, count, fields["gpus"])
             requests = [
@@ -192,7 +193,7 @@ class Agent:
                 }
                 for rank, proc in enumerate(procs)
             ]
-            common = {"directory": self._directory, "host": self._host, "boot_file": fields["boot_file"]}
+            common = {"directory": self._directory, "host": self._host, "size": count, "boot_file": fields["boot_file"]}
             outputs = [self._open_outputs(proc) for proc in procs]
         except (OSError, ValueError) as error:
             self._on_not_started(procs, f"{type(error).__name__}: {error}", "")
@@ -227,6 +228,9 @@ class Agent:
         return writers[0], writers[1]
 
     # processes:
+
+    def _started_pids(self) -> set[int]:
+        return {record.pid for record in self._table.procs.values() if record.pid is not None}
 
     def _on_started(self, proc: str, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
@@ -358,7 +362,7 @@ class Agent:
 
     def _quit(self) -> None:
         self._quitting = True
-        commands = self._table.on_stop(list(self._table.procs), now_s=time.monotonic(), grace_s=QUIT_GRACE_S)
+        commands = self._table.on_stop(list(self._table.procs), now_s=time.monotonic(), grace_s=GRACE_AFTER_ERROR_S)
         self._carry_out(commands)
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake_fd, 1)
@@ -390,7 +394,3 @@ def main(argv: list[str]) -> None:
     theirs.close()
     logging.basicConfig(level=logging.WARNING, format="danaus agent: %(message)s")
     Agent(directory, controller, int(controller_pid), host, log_directory, ours).run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

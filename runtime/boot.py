@@ -83,9 +83,13 @@ def make_plan(
     """
     if gpus not in {"own", "shared", "none"}:
         raise ValueError(f'spawn_procs(gpus={gpus!r}): expected "own", "shared" or "none"')
+    if bootstrap is not None and not callable(bootstrap):
+        raise TypeError(f"spawn_procs(bootstrap={bootstrap!r}): expected a function without parameters, or None")
     for key, value in env.items():
         if not isinstance(key, str) or not isinstance(value, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"spawn_procs(env=...): names and values are text; got {key!r}: {value!r}")
+    if isinstance(preload, str):
+        raise TypeError(f"spawn_procs(preload={preload!r}): expected a list of modules, as in preload=[{preload!r}]")
     modules = tuple(_default_preload() if preload is None else dict.fromkeys(preload))
     admit(count, read_limits(), Need(memory_bytes=(25 if "torch" in modules else 16) * _MIB))
     bindings = [] if proc_bind is None else resolve_bindings(proc_bind, num_procs=count, topology=read_topology())

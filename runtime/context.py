@@ -217,6 +217,11 @@ def shutdown_context() -> Future[None]:
     return done
 
 
+def is_running(proc: LocalProc) -> bool:
+    """Whether ``proc`` is this process's runtime still, without starting anything."""
+    return _local is proc
+
+
 def set_local_proc(proc: LocalProc | None) -> None:
     """Install (or remove) this process's runtime."""
     global _local, _root

@@ -8,13 +8,12 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from . import wire
+from . import interpreter, wire
 from .config import KEEP_LOG_DIRS, log_root, socket_root
 from .context import set_local_proc
 from .failure import FailureKind, MeshFailure
@@ -74,15 +73,11 @@ class Controller:
         with self.request_lock:
             if self._agent is None:
                 self.logs = _new_log_directory()
-                command = [
-                    sys.executable,
-                    "-c",
-                    "import sys; from danaus.runtime.agent import main; main(sys.argv[1:])",
-                ]
                 arguments = [self.directory, CONTROLLER, str(os.getpid()), self.host, self.logs]
-                env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONSAFEPATH": "1"}
                 self._agent = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    command + arguments, stdin=subprocess.DEVNULL, env=env, start_new_session=True
+                    interpreter.command("danaus.runtime.agent", *arguments),
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
                 threading.Thread(target=self._watch_agent, name="danaus-agent-watch", daemon=True).start()
 
@@ -95,7 +90,7 @@ class Controller:
             self.local.run_soon(lambda: self._on_agent_gone(code))
 
     def _on_agent_gone(self, code: int) -> None:
-        """Without its agent this host has no processes: they ended with it. The next request starts one (I/O thread)."""
+        """Without its agent this host has no processes any more; the next request starts one (I/O thread)."""
         with self.request_lock:
             lost = dict.fromkeys([*self.local.links, *self.local.spawned])
             self.local.renew_agent_link()
@@ -132,13 +127,16 @@ class Controller:
         threading.Thread(target=runner.run, name=f"danaus-{runner.key}", daemon=True).start()
 
     def _on_unknown_actor(self, key: str) -> bool:
-        """Make the registry when it is first asked (I/O thread)."""
+        """Make a built-in actor, the registry or a store, when it is first asked (I/O thread)."""
         from .registry import REGISTRY_KEY, registry
+        from .store import store_spawn
 
-        if key != REGISTRY_KEY:
+        spawn = store_spawn(key, CONTROLLER)
+        if key == REGISTRY_KEY:
+            spawn = [wire.SPAWN, REGISTRY_KEY, CONTROLLER, dump((registry(), (), {}, None)).body, None]
+        if spawn is None:
             return False
-        body = dump((registry(), (), {}, None)).body
-        self._on_spawn([wire.SPAWN, REGISTRY_KEY, CONTROLLER, body, None])
+        self._on_spawn(spawn)
         return True
 
     def shutdown(self) -> None:

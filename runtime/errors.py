@@ -147,8 +147,8 @@ class AdmissionError(SpawnError, ValueError):
         super().__init__(reason)
         self.num_procs, self.max_procs = num_procs, max_procs
 
-    def __reduce__(self) -> tuple[type[AdmissionError], tuple[int, int, str]]:
-        return AdmissionError, (self.num_procs, self.max_procs, self.reason)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AdmissionError, (self.num_procs, self.max_procs, self.reason), self.__dict__
 
 
 class GroupBroken(DanausError):  # noqa: N818  names a state

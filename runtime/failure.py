@@ -6,6 +6,8 @@ import signal
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgpack
+
 
 class FailureKind(StrEnum):
     """How a rank ended."""
@@ -86,3 +88,17 @@ class MeshFailure:
         if self.traceback:
             parts += ["remote traceback:", self.traceback.rstrip()]
         return "\n".join(parts)
+
+
+def pack_failure(failure: MeshFailure) -> bytes:
+    """A MeshFailure as msgpack, which agents may read too."""
+    fields = {name: getattr(failure, name) for name in MeshFailure.__slots__}
+    return msgpack.packb(fields | {"kind": failure.kind.value}) or b""
+
+
+def unpack_failure(data: bytes) -> MeshFailure:
+    """Rebuild what :func:`pack_failure` packed."""
+    fields = msgpack.unpackb(data)
+    fields["kind"] = FailureKind(fields["kind"])
+    fields["log_tail"] = tuple(fields["log_tail"])
+    return MeshFailure(**fields)

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import sys
 import threading
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from .errors import CallCancelledError
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Generator
+    from contextvars import Context
 
 R = TypeVar("R", covariant=True)
+
+_IDLE_S: Final = 0.2
+"""How long the thread for callbacks waits for more of them."""
 
 _lock = threading.Lock()
 """Guards every future's transition from pending to resolved; held for a few instructions."""
@@ -84,8 +88,8 @@ class Future(Generic[R]):
         return True
 
     def add_done_callback(self, callback: Callable[[Future[R]], object]) -> None:
-        """Call ``callback(self)`` once the outcome is known, on a thread kept for callbacks."""
-        self._when_done(lambda: _callback_queue().put(lambda: callback(self)))
+        """Call ``callback(self)`` once the outcome is known, on a thread that runs callbacks alone."""
+        self._when_done(lambda: _run_apart(lambda: callback(self)))
 
     def __await__(self) -> Generator[Any, None, R]:
         return self._await().__await__()
@@ -204,32 +208,48 @@ def refuse_inside_loop(what: str, instead: str) -> None:
         )
 
 
-def call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
-    """Run ``callback`` on ``loop`` from any thread, unless the loop was closed."""
+def call_soon(
+    loop: asyncio.AbstractEventLoop, callback: Callable[[], object], *, context: Context | None = None
+) -> None:
+    """Run ``callback`` on ``loop`` from any thread, unless the loop was closed; by default in this thread's context."""
     try:
-        loop.call_soon_threadsafe(callback)
+        loop.call_soon_threadsafe(callback, context=context)
     except RuntimeError:
         # Closed while the call was under way: nobody waits any more.
         return
 
 
-_callbacks: SimpleQueue[Callable[[], object]] | None = None
+_callbacks: SimpleQueue[Callable[[], object]] = SimpleQueue()
+_has_thread = False
 
 
-def _callback_queue() -> SimpleQueue[Callable[[], object]]:
-    global _callbacks
+def _run_apart(callback: Callable[[], object]) -> None:
+    """Run ``callback`` on the thread for callbacks, which ends once it has had nothing to do for a moment."""
+    global _has_thread
+    _callbacks.put(callback)
     with _lock:
-        if _callbacks is None:
-            _callbacks = SimpleQueue()
-            threading.Thread(target=_run_callbacks, args=(_callbacks,), name="danaus-callbacks", daemon=True).start()
-        return _callbacks
+        if _has_thread:
+            return
+        _has_thread = True
+    threading.Thread(target=_run_callbacks, name="danaus-callbacks", daemon=True).start()
 
 
-def _run_callbacks(queue: SimpleQueue[Callable[[], object]]) -> None:
-    import logging
-
+def _run_callbacks() -> None:
+    global _has_thread
     while True:
         try:
-            queue.get()()
+            callback = _callbacks.get(timeout=_IDLE_S)
+        except Empty:
+            with _lock:
+                if _callbacks.empty():
+                    _has_thread = False
+                    return
+            continue
+        try:
+            callback()
         except Exception:
+            import logging
+
             logging.getLogger("danaus").exception("a future's callback raised")
+        # While the thread waits, nothing keeps the future.
+        del callback

@@ -125,6 +125,8 @@ class CallHandler:
         del arguments, args, kwargs
         if envelope[5] and not spec.options.explicit_response_port:
             self._reply(envelope, wire.OK, result)
+        elif self._proc.attachments.has_returns:
+            self._proc.return_leases()
 
     async def run_async(self, spec: EndpointSpec, envelope: wire.Envelope, arguments: tuple[Any, Any]) -> None:
         """Run an async endpoint, as a task of its own.
@@ -157,6 +159,8 @@ class CallHandler:
         del args, kwargs
         if envelope[5] and not spec.options.explicit_response_port:
             self._reply(envelope, wire.OK, result)
+        elif self._proc.attachments.has_returns:
+            self._proc.return_leases()
 
     def track(self, envelope: wire.Envelope) -> ActiveCall:
         """Note a call that can be cancelled from now on; :meth:`untrack` ends it."""

@@ -132,3 +132,18 @@ def where(instance: ActorInstance, envelope: wire.Envelope) -> str:
     return (
         f"{instance.name}.{envelope[2]} on rank {instance.rank.rank} {instance.rank} (host {proc.host}, pid {proc.pid})"
     )
+
+
+class hidden_loop:  # noqa: N801  reads as a statement
+    """Makes a sync endpoint inside the serving loop look as if no loop ran, so that it may block."""
+
+    def __enter__(self) -> None:
+        import asyncio
+
+        self._loop = asyncio.get_running_loop()
+        asyncio._set_running_loop(None)
+
+    def __exit__(self, *_exc: object) -> None:
+        import asyncio
+
+        asyncio._set_running_loop(self._loop)

@@ -6,7 +6,10 @@ import contextlib
 import ctypes
 import os
 import signal
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Container
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_NAME: Final = 15
@@ -36,16 +39,41 @@ def adopt_orphans() -> None:
 def end_children() -> None:
     """Kill every child of this process, and what it inherits from them, until none is left."""
     while True:
-        for task in os.listdir("/proc/self/task"):
-            with open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
-                children = [int(pid) for pid in file.read().split()]
-            for child in children:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
+        for child in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
         try:
             os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def end_children_named(names: Collection[str], *, but: Container[int]) -> None:
+    """Kill the children that :func:`set_process_name` gave one of ``names``, and what is inherited from them."""
+    known = {name.encode()[:15] for name in names}
+    while True:
+        found = [child for child in _children() if child not in but and _process_name(child) in known]
+        for child in found:
+            os.kill(child, signal.SIGKILL)
+        for child in found:
+            os.waitpid(child, 0)
+        if not found:
+            return
+
+
+def _children() -> list[int]:
+    found: list[int] = []
+    for task in os.listdir("/proc/self/task"):
+        # A thread may have ended meanwhile.
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children", encoding="ascii") as file:
+            found += map(int, file.read().split())
+    return found
+
+
+def _process_name(pid: int) -> bytes:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as file:
+        return file.read().removesuffix(b"\n")
+    return b""
 
 
 def set_process_name(name: str) -> None:

@@ -9,7 +9,7 @@ from .value_mesh import ValueMesh
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
-    from .replies import ItemStream
+    from .item_stream import ItemStream
     from .shape import Extent
 
 R = TypeVar("R")

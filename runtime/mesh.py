@@ -16,6 +16,7 @@ from .credits import DEFAULT_MAILBOX
 from .future import Future
 from .mesh_trait import MeshTrait
 from .proc import ROOT, LocalProc
+from .proc_table import GRACE_AFTER_ERROR_S, GRACE_S
 from .replies import ask_all
 from .shape import Extent, Region
 
@@ -151,12 +152,13 @@ class ProcMesh(MeshTrait):
         ]
         return ask_all(wire.PING, f"start of {self.name!r}", lanes, self._region, on_error="first")
 
-    def stop(self, reason: str = "", *, timeout: float | None = None) -> Future[None]:
+    def stop(self, reason: str = "", *, timeout: float | None = None, grace: float = GRACE_S) -> Future[None]:
         """Stop these processes: actors are cleaned up, newest first, then the processes end.
 
         Args:
             reason: For a reader of the code.
             timeout: Seconds after which the returned future fails; the host agent goes on ending the processes.
+            grace: Seconds for what the actors are busy with and for their cleanup, before the processes are killed.
 
         Returns:
             A future that is there when all of them are gone.
@@ -167,7 +169,7 @@ class ProcMesh(MeshTrait):
         port = local.next_port()
         if wait.alive:
             local.ports[port] = wait
-            local.request("stop", {"procs": sorted(wait.alive)})
+            local.request("stop", {"procs": sorted(wait.alive), "grace_s": grace})
             for proc in list(wait.alive):
                 local.link(proc)
                 if proc in local.gone:
@@ -182,14 +184,14 @@ class ProcMesh(MeshTrait):
     def __enter__(self) -> ProcMesh:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.stop().get()
+    def __exit__(self, error_type: type[BaseException] | None, *_exc: object) -> None:
+        self.stop(grace=GRACE_S if error_type is None else GRACE_AFTER_ERROR_S).get()
 
     async def __aenter__(self) -> ProcMesh:
         return self
 
-    async def __aexit__(self, *_exc: object) -> None:
-        await self.stop()
+    async def __aexit__(self, error_type: type[BaseException] | None, *_exc: object) -> None:
+        await self.stop(grace=GRACE_S if error_type is None else GRACE_AFTER_ERROR_S)
 
     def logging_option(
         self, *, stream_to_client: bool = True, aggregate_window_sec: float | None = 0.2, level: int | str | None = None

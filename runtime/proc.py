@@ -20,7 +20,7 @@ import zmq
 
 from . import wire
 from .attachment import Attachments, Outgoing, size_of
-from .failure import FailureKind, MeshFailure
+from .failure import MeshFailure, pack_failure, unpack_failure
 from .link import MULTIPART, Lane, Link
 from .payload import Payload, dump
 
@@ -71,6 +71,7 @@ class LocalProc:
     def __init__(self, proc_id: str, *, directory: str, path: str, host: str) -> None:
         self.proc_id, self.directory, self.host = proc_id, directory, host
         self.pid = os.getpid()
+        self.mesh_size = 1
         self.context: zmq.Context[Any] = zmq.Context()
         self.links: dict[str, Link] = {}
         self.lanes: dict[tuple[str, str, str], Lane] = {}
@@ -424,19 +425,3 @@ class LocalProc:
         wire.LEASE: _on_lease,
         wire.EVENT: _on_event,
     }
-
-
-def pack_failure(failure: MeshFailure) -> bytes:
-    """A MeshFailure as msgpack, which agents may read too."""
-    fields = {name: getattr(failure, name) for name in MeshFailure.__slots__}
-    return wire.pack(fields | {"kind": failure.kind.value})
-
-
-def unpack_failure(data: bytes) -> MeshFailure:
-    """Rebuild what :func:`pack_failure` packed."""
-    import msgpack
-
-    fields = msgpack.unpackb(data)
-    fields["kind"] = FailureKind(fields["kind"])
-    fields["log_tail"] = tuple(fields["log_tail"])
-    return MeshFailure(**fields)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 GRACE_S = 4.0
 """Time a process has for its actors' cleanup, before SIGTERM."""
 
-TERM_S = 1.0
+GRACE_AFTER_ERROR_S = 1.0
+"""The same where the caller is on its way out with an exception, or is gone."""
+
+TERM_S = 0.5
 """Time between SIGTERM and SIGKILL."""
 
 

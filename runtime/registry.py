@@ -32,12 +32,13 @@ class Registry(Actor):
         known = self._known.get(name)
         if known is None:
             known = self._known[name] = this_proc().spawn(name, actor_class, *args, **kwargs)  # type: ignore[type-var]
-            known.initialized.get()
         if known._actor_class.__qualname__ != actor_class.__qualname__:
             raise ValueError(
                 f"get_or_spawn_controller({name!r}): this name belongs to {known._actor_class.__qualname__}, "
                 f"not {actor_class.__qualname__}; choose another"
             )
+        # Each time: one that failed or was stopped is an error for every caller.
+        known.initialized.get()
         return known
 
 

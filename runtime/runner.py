@@ -15,6 +15,7 @@ import contextlib
 import logging
 import threading
 from collections import defaultdict, deque
+from contextvars import Context, copy_context
 from enum import Enum, auto
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Final
 from . import wire
 from .attachment import load_body
 from .context import ActorInstance, bind_instance
-from .failure import FailureKind, MeshFailure
+from .failure import FailureKind, MeshFailure, pack_failure
 from .future import call_soon
+from .groups import end_groups
 from .handler import CallHandler, Fatal
-from .invoke import local_traceback
-from .proc import NONE, pack_failure
+from .invoke import hidden_loop, local_traceback
+from .proc import NONE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +79,7 @@ class ActorRunner:
         self._cancelled: set[tuple[str, int]] = set()
         self._interrupted: list[wire.Envelope] = []
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._context: Context | None = None
         self._idle = False
         self._stop_first: wire.Envelope | None = None
         self._leaving: BaseException | None = None
@@ -124,7 +127,8 @@ class ActorRunner:
     def _wake(self) -> None:
         self._idle = False
         if self._loop is not None:
-            call_soon(self._loop, self._pump)
+            # Not in the context of the I/O thread, which is no actor's.
+            call_soon(self._loop, self._pump, context=self._context)
 
     # the actor's thread:
 
@@ -176,6 +180,7 @@ class ActorRunner:
 
     def _serve_in_loop(self, envelope: wire.Envelope) -> None:
         """Serve the mailbox by callbacks of an event loop, from here to the actor's end."""
+        self._context = copy_context()
         loop = self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         loop.call_soon(self._pump, envelope)
@@ -217,7 +222,7 @@ class ActorRunner:
             raise _Stop(envelope)
         spec = handler.spec_for(envelope)
         if spec is None or not spec.kind.needs_loop:
-            with _hidden_loop():
+            with hidden_loop():
                 handler.run_sync(spec, envelope)
             # Background tasks get their turn between messages.
             asyncio.get_running_loop().call_soon(self._pump)
@@ -319,6 +324,7 @@ class ActorRunner:
         )
 
     def _end(self, state: RunnerState, failure: MeshFailure) -> None:
+        end_groups(self.key)
         self.failure, self.state = failure, state
         if self.instance is not None:
             self.instance.actor = None
@@ -394,14 +400,3 @@ class ActorRunner:
             loop.run_until_complete(loop.shutdown_asyncgens())
         asyncio.set_event_loop(None)
         loop.close()
-
-
-class _hidden_loop:  # noqa: N801  reads as a statement
-    """Makes a sync endpoint inside the serving loop look as if no loop ran, so that it may block."""
-
-    def __enter__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        asyncio._set_running_loop(None)
-
-    def __exit__(self, *_exc: object) -> None:
-        asyncio._set_running_loop(self._loop)

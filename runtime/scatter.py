@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class Scatter(Generic[T]):
     def __init__(self, values: Any) -> None:
         self.values = values
 
+    def __reduce__(self) -> Any:
+        raise TypeError("scatter(...) has to be an argument of the call itself, not a part of one")
+
 
 def scatter(values: Sequence[T] | ValueMesh[T]) -> T:
     """Mark a list, or a ValueMesh of the called mesh's shape, so that each rank gets its own element.
@@ -36,6 +40,7 @@ def scattered(
     """Return each rank's own (args, kwargs).
 
     Raises:
+        TypeError: A scattered argument has no elements.
         ValueError: A scattered argument has not one element per rank.
     """
     columns = [_column(f"argument {index}", value, extent, num_ranks) for index, value in enumerate(args)]
@@ -52,6 +57,8 @@ def _column(name: str, value: Any, extent: Extent, num_ranks: int) -> Sequence[A
     from .value_mesh import ValueMesh
 
     values = value.values
+    if not isinstance(values, Iterable):
+        raise TypeError(f"scatter({name}): expected a list or a ValueMesh, one element for each rank; got {values!r}")
     if isinstance(values, ValueMesh) and values.extent.sizes != extent.sizes:
         raise ValueError(f"scatter({name}): the ValueMesh has shape {values.extent}, the called mesh {extent}")
     column = list(values)

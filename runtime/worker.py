@@ -29,6 +29,7 @@ from .invoke import local_traceback
 from .kernel import set_process_name
 from .proc import AGENT, ROOT, LocalProc
 from .runner import ActorRunner
+from .store import store_spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,6 +60,7 @@ def run_worker(request: dict[str, Any], out: int, err: int, agent: int) -> None:
     local = LocalProc(
         request["proc"], directory=request["directory"], path=request["path"], host=request["host"]
     )  # fmt: skip
+    local.mesh_size = request["size"]
     set_local_proc(local)
     worker = Worker(local, request)
     worker.run()
@@ -80,6 +82,7 @@ class Worker:
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         local.on_spawn = self._on_spawn
+        local.on_unknown_actor = self._on_unknown_actor
         self._reason_noted = threading.Event()
         local.on_event["noted"] = lambda _fields: self._reason_noted.set()
         local.on_event["stop"] = self._on_stop
@@ -90,7 +93,7 @@ class Worker:
         """Live until stopped; then exit the process."""
         local = self._local
         local.start(os.path.join(local.directory, AGENT))
-        local.request("up", {"proc": local.proc_id, "path": self._request["path"]})
+        local.request("up", {"proc": local.proc_id, "path": self._request["path"], "pid": local.pid})
         if not self._bootstrap():
             self._exit(1)
         local.run_soon(self._on_ready)
@@ -154,11 +157,24 @@ class Worker:
         self._local.add_actor(runner.key, runner)
         self._when_ready(lambda: self._launch(runner))
 
+    def _on_unknown_actor(self, key: str) -> bool:
+        """Make the store that process groups form through when it is first asked."""
+        envelope = store_spawn(key, self._local.proc_id)
+        if envelope is None:
+            return False
+        runner = ActorRunner(self._local, envelope)
+        self._local.add_actor(key, runner)
+        self._when_ready(lambda: self._launch_apart(runner))
+        return True
+
     def _launch(self, runner: ActorRunner) -> None:
         if self._main_is_free:
             self._main_is_free = False
             self._jobs.put(runner)
-            return
+        else:
+            self._launch_apart(runner)
+
+    def _launch_apart(self, runner: ActorRunner) -> None:
         thread = threading.Thread(target=self._run_apart, args=(runner,), name=f"danaus-{runner.key}", daemon=True)
         self._threads = [*(other for other in self._threads if other.is_alive()), thread]
         thread.start()

@@ -25,8 +25,13 @@ from .kernel import die_with_parent, num_threads, set_process_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_MESSAGE: Final = 128 << 10
+MAX_MESSAGE: Final = 256 << 10
 MAX_FDS: Final = 128
+
+
+def name_of(key: str) -> str:
+    """The process name of a zygote, which its children have until they take their own."""
+    return f"danaus-zyg-{key[:4]}"
 
 
 def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
@@ -46,7 +51,7 @@ def serve(sock: socket.socket, *, agent: int, key: str, modules: list[str], env:
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         die_with_parent(agent)
-        set_process_name(f"danaus-zyg-{key[:4]}")
+        set_process_name(name_of(key))
         if not _import(sock, modules, env):
             os._exit(0)
         # Whatever children would import each for themselves, they find shared.
@@ -144,7 +149,9 @@ def _fork_away(children: list[Any], agent: int) -> list[int]:
                 os.close(writer)
                 _become(child, agent)
             pids.append(pid)
-        os.write(writer, bytes(msgpack.packb(pids) or b""))
+        with contextlib.suppress(BrokenPipeError):
+            # The zygote was killed meanwhile; the agent finds what it had begun.
+            os.write(writer, bytes(msgpack.packb(pids) or b""))
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
@@ -170,6 +177,6 @@ def _become(child: Any, agent: int) -> None:
         os._exit(code)
 
 
-def main() -> None:
-    """Be a seed started from nothing: ``FD AGENT_PID`` on the command line."""
-    serve(socket.socket(fileno=int(sys.argv[1])), agent=int(sys.argv[2]), key="plain", modules=[], env={})
+def main(argv: list[str]) -> None:
+    """Be a seed started from nothing: ``FD AGENT_PID``."""
+    serve(socket.socket(fileno=int(argv[0])), agent=int(argv[1]), key="plain", modules=[], env={})

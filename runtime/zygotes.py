@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
-import sys
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from .kernel import end_children
-from .zygote import receive, send
+import msgpack
+
+from . import interpreter
+from .kernel import end_children, end_children_named
+from .zygote import name_of, receive, send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 _BATCH: Final = 60
+_BATCH_BYTES: Final = 96 << 10
 _SEED: Final = "plain"
 
 
@@ -25,6 +29,7 @@ class _OnFailed(Protocol):
 class _Zygote:
     def __init__(self, key: str, sock: socket.socket) -> None:
         self.key, self.sock = key, sock
+        self.is_second = False
         self.pending: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = {}
 
 
@@ -42,14 +47,16 @@ class Zygotes:
         watch: Callable[[int, Callable[[], None]], None],
         unwatch: Callable[[int], None],
         on_started: Callable[[str, int], None],
+        started: Callable[[], set[int]],
         on_failed: _OnFailed,
         warn: Callable[[str], None],
     ) -> None:
         self._watch, self._unwatch = watch, unwatch
-        self._on_started, self._on_failed, self._warn = on_started, on_failed, warn
+        self._on_started, self._started, self._on_failed, self._warn = on_started, started, on_failed, warn
         self._zygotes: dict[str, _Zygote] = {}
         self._unforkable: set[str] = set()
         self._modules: dict[str, Sequence[str]] = {}
+        self._made_with: dict[str, tuple[Sequence[str], dict[str, str], list[str]]] = {_SEED: ((), {}, [])}
         self._add(_SEED, seed)
 
     def start(
@@ -66,9 +73,21 @@ class Zygotes:
         self._modules[key] = modules
         if key in self._unforkable:
             key = _SEED
+        else:
+            self._made_with[key] = modules, env, sys_path
         zygote = self._zygotes.get(key) or self._make(key, modules, env, sys_path)
         imports = [] if zygote.key != _SEED else list(modules)
         self._fork(zygote, {**common, "imports": imports}, procs, outputs)
+
+    def on_up(self, proc: str, pid: int) -> None:
+        """A process says that it runs, which may come before its zygote's word, or in place of it."""
+        for zygote in list(self._zygotes.values()):
+            self._take_started(zygote, proc, pid)
+
+    def _take_started(self, zygote: _Zygote, proc: str, pid: int) -> None:
+        if proc in zygote.pending and os.path.exists(f"/proc/{pid}"):
+            _close(zygote.pending.pop(proc)[2])
+            self._on_started(proc, pid)
 
     def close(self) -> None:
         """End every zygote, and what procs that have ended left behind, and wait until they are gone."""
@@ -85,24 +104,32 @@ class Zygotes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if key == _SEED:
             # The first seed was a fork of the agent before it had threads; a later one has to start from nothing.
-            code = "from danaus.runtime.zygote import main; main()"
-            command = [sys.executable, "-c", code, str(theirs.fileno()), str(os.getpid())]
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  our own interpreter and module
+            command = interpreter.command("danaus.runtime.zygote", str(theirs.fileno()), str(os.getpid()))
+            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  ourselves
         else:
             seed = self._zygotes.get(_SEED) or self._make(_SEED, [], {}, sys_path)
             message = {"op": "zygote", "key": key, "modules": list(modules), "env": env, "sys_path": sys_path}
-            send(seed.sock, message, [theirs.fileno()])
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                # If the seed has just died, the end of `theirs` tells the new zygote's end, and another is made.
+                send(seed.sock, message, [theirs.fileno()])
         theirs.close()
         return self._add(key, ours)
 
     def _fork(
         self, zygote: _Zygote, common: dict[str, Any], procs: list[dict[str, Any]], outputs: list[tuple[int, int]]
     ) -> None:
-        for first in range(0, len(procs), _BATCH):
-            batch, fds = procs[first : first + _BATCH], outputs[first : first + _BATCH]
-            for proc, pair in zip(batch, fds, strict=True):
-                zygote.pending[proc["proc"]] = (common, proc, pair)
-            send(zygote.sock, {"op": "fork", **common, "procs": batch}, [fd for pair in fds for fd in pair])
+        for proc, pair in zip(procs, outputs, strict=True):
+            zygote.pending[proc["proc"]] = (common, proc, pair)
+        step = max(1, min(_BATCH, _BATCH_BYTES // len(msgpack.packb(procs[0]) or b"0"))) if procs else 1
+        try:
+            for first in range(0, len(procs), step):
+                fds = [fd for pair in outputs[first : first + step] for fd in pair]
+                send(zygote.sock, {"op": "fork", **common, "procs": procs[first : first + step]}, fds)
+        except (BrokenPipeError, ConnectionResetError):
+            # It has just died: its socket is readable, and `_on_death` sees to what is pending.
+            return
+        except OSError as error:
+            self._fail(zygote, f"asking the zygote for it failed ({error}); is its environment very large?", "")
 
     def _on_message(self, zygote: _Zygote) -> None:
         try:
@@ -114,9 +141,9 @@ class Zygotes:
             return
         message, _ = received
         if "started" in message:
+            zygote.is_second = False
             for proc, pid in message["started"]:
-                _close(zygote.pending.pop(proc)[2])
-                self._on_started(proc, pid)
+                self._take_started(zygote, proc, pid)
         elif "failed" in message:
             self._fail(
                 zygote, f"preloading {message['module']!r} failed; mend its import or leave it out", message["failed"]
@@ -139,7 +166,16 @@ class Zygotes:
             common = {**pending[0][0], "imports": list(self._modules[zygote.key])}
             self._fork(seed, common, [proc for _, proc, _ in pending], [pair for _, _, pair in pending])
             return
-        zygote.pending = {proc["proc"]: (common, proc, pair) for common, proc, pair in pending}
+        if not zygote.is_second:
+            # It may have been killed before it read the request; what kills a second one is the request itself. What it
+            # had begun is unknown, so it is undone.
+            names = [name_of(zygote.key), *(proc["proc"] for _, proc, _ in pending)]
+            end_children_named(names, but=self._started())
+            second = self._make(zygote.key, *self._made_with[zygote.key])
+            second.is_second = True
+            for common, proc, pair in pending:
+                self._fork(second, common, [proc], [pair])
+            return
         self._fail(zygote, "the zygote ended while it was starting this process", "")
 
     def _fail(self, zygote: _Zygote, detail: str, traceback: str) -> None:

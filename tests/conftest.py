@@ -64,8 +64,7 @@ def _check_leftovers(scope: str, *, ends_runtime: bool) -> Iterator[None]:
     yield
     if ends_runtime and not before.has_runtime:
         danaus.shutdown_context()
-    allow_runtime = before.has_runtime or not ends_runtime
-    left = _wait_gone(before, allow_runtime=allow_runtime)
+    left = _wait_gone(before, may_keep_runtime=before.has_runtime or not ends_runtime)
     if left:
         kill(left)
         lines = "\n  ".join(map(str, left))
@@ -73,10 +72,11 @@ def _check_leftovers(scope: str, *, ends_runtime: bool) -> Iterator[None]:
         pytest.fail(f"{scope} left behind:\n  {lines}\n({advice})", pytrace=False)
 
 
-def _wait_gone(before: Snapshot, *, allow_runtime: bool) -> list[Leftover]:
+def _wait_gone(before: Snapshot, *, may_keep_runtime: bool) -> list[Leftover]:
     deadline_s = time.monotonic() + GRACE_S
     while True:
-        left = take_snapshot([_private_dir]).added_since(before, allow_runtime=allow_runtime)
+        now = take_snapshot([_private_dir])
+        left = now.added_since(before, allow_runtime=may_keep_runtime and now.has_runtime)
         if not left or time.monotonic() > deadline_s:
             return left
         time.sleep(0.01)

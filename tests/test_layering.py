@@ -23,7 +23,7 @@ MAY_IMPORT = {
 """Folder to the folders it may import; the root's own ``__init__`` stands for ``runtime``, whose names it repeats."""
 
 HEAVY = {"torch", "numpy", "triton"}
-TORCH_WORDS = {"tensor", "tensors", "torch", "group", "groups", "store"}
+TORCH_WORDS = {"c10d", "tensor", "tensors", "torch", "group", "groups", "store"}
 """A file of ``runtime`` whose name holds one of these may import torch and numpy at its top."""
 
 LIMITS_FILE = "limits.py"

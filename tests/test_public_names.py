@@ -33,10 +33,10 @@ def public_names(module: types.ModuleType) -> list[str]:
 
 
 @pytest.mark.parametrize("name", packages())
-def test_all_lists_every_public_name_in_order(name: str) -> None:
+def test_all_lists_every_public_name_once(name: str) -> None:
     module = importlib.import_module(name)
 
-    assert list(getattr(module, "__all__", [])) == public_names(module)
+    assert sorted(getattr(module, "__all__", [])) == public_names(module)
 
 
 @pytest.mark.parametrize("name", packages())

@@ -40,7 +40,11 @@ class Process:
     @property
     def is_runtime(self) -> bool:
         """Whether it is a host agent or a zygote, which serve every mesh of a job and end with it."""
-        return self.name.startswith("danaus-") or "danaus.runtime.agent" in self.command
+        if self.name.startswith("danaus-"):
+            return True
+        # Zygotes and procs are forked from the agent and share its command line, but have names of their own.
+        program = os.path.basename(self.command.partition(" ")[0])
+        return "danaus.runtime.agent" in self.command and program.startswith(self.name)
 
     def __str__(self) -> str:
         return f"process {self.pid} {self.name!r}, child of {self.parent}: {self.command or '(no command line)'}"
@@ -85,6 +89,8 @@ class Snapshot:
     """What there is at one moment."""
 
     items: frozenset[Leftover]
+    meshes: frozenset[str] = frozenset()
+    """Ids of the meshes of processes that there are, or that have been asked for."""
 
     @property
     def has_runtime(self) -> bool:
@@ -96,16 +102,13 @@ class Snapshot:
 
         Args:
             before: The earlier snapshot.
-            allow_runtime: Leave out what serves every mesh of a job, and procs that bear the name of one that was there
-                before: they are the restarted ranks of an older mesh.
+            allow_runtime: Leave out what serves every mesh of a job, and the procs of meshes that were there before,
+                since they come up late and may be restarted.
         """
-        restartable = {item.name for item in before.items if isinstance(item, Process) and "." in item.name}
         added = sorted(self.items - before.items, key=str)
         if not allow_runtime:
             return added
-        return [
-            item for item in added if not (item.is_runtime or (isinstance(item, Process) and item.name in restartable))
-        ]
+        return [item for item in added if not (item.is_runtime or _belongs_to(item, before.meshes))]
 
 
 def mark_environment() -> None:
@@ -121,7 +124,10 @@ def take_snapshot(socket_dirs: Iterable[str | os.PathLike[str]] = ()) -> Snapsho
     Args:
         socket_dirs: Where to look for the directories of jobs.
     """
-    return Snapshot(frozenset([*_processes(), *_threads(), *_job_directories(socket_dirs), *_segments()]))
+    jobs = [path for root in socket_dirs for path in Path(root).glob("danaus-*")]
+    items = [*_processes(), *_threads(), *(File(str(path)) for path in jobs), *_segments()]
+    # A mesh has its boot file from the call of spawn_procs until its last process has ended.
+    return Snapshot(frozenset(items), frozenset(path.stem for job in jobs for path in job.glob("*.boot")))
 
 
 def kill(items: Iterable[Leftover]) -> None:
@@ -131,6 +137,11 @@ def kill(items: Iterable[Leftover]) -> None:
         if isinstance(item, Process) and stat is not None and stat.start_ticks == item.start_ticks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(item.pid, signal.SIGKILL)
+
+
+def _belongs_to(item: Leftover, meshes: frozenset[str]) -> bool:
+    """Whether it is a proc of one of ``meshes``: its name is the mesh's id and its rank, cut after 15 characters."""
+    return isinstance(item, Process) and any(item.name.startswith(f"{mesh}."[:15]) for mesh in meshes)
 
 
 class _Stat(NamedTuple):
@@ -193,11 +204,6 @@ def _threads() -> Iterator[Thread]:
         name = _read(f"/proc/self/task/{tid}/comm").decode().strip()
         if name.startswith("ZMQbg") and int(tid) not in known:
             yield Thread(int(tid), name)
-
-
-def _job_directories(roots: Iterable[str | os.PathLike[str]]) -> Iterator[File]:
-    for root in roots:
-        yield from (File(str(path)) for path in Path(root).glob("danaus-*"))
 
 
 def _segments() -> Iterator[File]:

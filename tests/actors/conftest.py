@@ -13,7 +13,13 @@ import pytest
 R = TypeVar("R")
 RunRanks = Callable[[int, Callable[[int, Any], R]], list[R]]
 
-collect_ignore_glob = [] if find_spec("torch") else ["*.py"]
+HAS_TORCH = find_spec("torch") is not None
+collect_ignore_glob = [] if HAS_TORCH else ["*.py"]
+
+
+def pytest_report_header() -> str:
+    """Say what was left out, since modules that cannot be imported leave no skip behind."""
+    return "tests/actors: " + ("all of it" if HAS_TORCH else "left out, for want of torch")
 
 
 @pytest.fixture

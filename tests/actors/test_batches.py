@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from danaus.actors.batches import Batches, mixed_seed, share, validation_windows
 
 pytestmark = pytest.mark.torch

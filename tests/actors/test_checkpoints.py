@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from danaus.actors import checkpoints
 from danaus.actors.checkpoints import (
     Manifest,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
 from danaus.actors import ByteTokenizer, find_texts, make_corpus, read_documents
 
 if TYPE_CHECKING:

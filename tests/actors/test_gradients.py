@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from danaus.actors.gradients import GradientBuckets
 from torch import nn
+
+from danaus.actors.gradients import GradientBuckets
 
 if TYPE_CHECKING:
     from .conftest import RunRanks

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from danaus.actors import OptimizerConfig
 from danaus.actors.models import Llama, tiny
 from danaus.actors.optimizer import learning_rate, make_optimizer

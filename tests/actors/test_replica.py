@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn import functional
+
 from danaus.actors import Corpus, OptimizerConfig, Replica, TrainConfig, make_corpus, newest_checkpoint
 from danaus.actors.batches import Batches
 from danaus.actors.models import Llama, tiny
-from torch.nn import functional
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+
 from danaus.actors import BpeTokenizer, ByteTokenizer, make_corpus
 
 TEXT = "def äpfel(x: int) -> str:\n\treturn f'{x} 🍎'\n" * 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from danaus import ActorError, this_host
 from danaus.actors import OptimizerConfig, Replica, TrainConfig, Trainer, make_corpus
 from danaus.actors.models import tiny
@@ -29,7 +30,9 @@ LIMIT_S = 15.0
 @pytest.fixture
 def trainers(request: pytest.FixtureRequest) -> Iterator[Trainer]:
     """Trainers on as many processes as the test's parameter says, by default two."""
-    with this_host().spawn_procs({"dp": getattr(request, "param", 2)}, name="trainers") as procs:
+    with this_host().spawn_procs(
+        {"dp": getattr(request, "param", 2)}, name="trainers", preload=Trainer.PRELOAD
+    ) as procs:
         yield procs.spawn("trainers", Trainer, CONFIG, CORPUS)
 
 
@@ -62,7 +65,7 @@ def test_one_rank_saves_and_new_ranks_go_on_from_there(trainers: Trainer, tmp_pa
     path = trainers.slice(dp=1).save.options(timeout=LIMIT_S).call_one(str(tmp_path)).get()
     expected = losses_of(trainers, 2)
 
-    with this_host().spawn_procs({"dp": 2}, name="later") as procs:
+    with this_host().spawn_procs({"dp": 2}, name="later", preload=Trainer.PRELOAD) as procs:
         later = procs.spawn("later", Trainer, CONFIG, CORPUS)
         assert later.slice(dp=0).resume.options(timeout=LIMIT_S).call_one(str(tmp_path)).get() == 2
         assert list(later.replicate.options(timeout=LIMIT_S).call(0).get()) == [2, 2]

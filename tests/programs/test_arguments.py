@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+
 from danaus.programs.arguments import field_docs, parse_config
 
 

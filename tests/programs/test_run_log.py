@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+
 from danaus.programs.run_log import RunLog
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import danaus.programs
 import pytest
+
+import danaus.programs
 from danaus.programs.train import Config, main, parse_config
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(60)]

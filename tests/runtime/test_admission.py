@@ -6,6 +6,7 @@ import pickle
 from typing import TYPE_CHECKING
 
 import pytest
+
 from danaus.runtime.admission import (
     AdmissionError,
     Bound,

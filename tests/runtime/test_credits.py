@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from danaus.runtime.credits import DEFAULT_MAILBOX_BYTES, CreditAccount, CreditDebt
+
+# A busy machine is no reason to fail.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SIZES = st.one_of(
     st.integers(0, 1 << 20),
@@ -108,6 +111,7 @@ def test_taken_credit_is_not_returned_again() -> None:
     assert debt.take() == (0, 0)
 
 
+@UNHURRIED
 @given(
     bound=st.integers(1, 9),
     messages=st.lists(st.tuples(SIZES, st.booleans()), max_size=40),
@@ -156,6 +160,7 @@ def test_a_sender_stuck_at_its_bound_always_gets_credit_back(
     )
 
 
+@UNHURRIED
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 60))
 def test_two_actors_that_flood_each_other_come_through_by_overdrafts(
     left_bound: int, right_bound: int, num_messages: int

@@ -6,6 +6,7 @@ import doctest
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from danaus.runtime import mesh_trait
 from danaus.runtime.mesh_trait import MeshTrait
 from danaus.runtime.shape import Extent, Region

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from danaus.runtime import shape
-from danaus.runtime.shape import Extent, Point, Region
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from danaus.runtime import shape
+from danaus.runtime.shape import Extent, Point, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable

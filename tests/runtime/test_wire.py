@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
-import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from danaus.runtime import wire
 
-TEXT = st.text(max_size=8)
+# A busy machine is no reason to fail.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+TEXT = st.text("ab.é☃\0", max_size=8)
 NUMBER = st.integers(0, 1 << 40)
 BODY = st.binary(max_size=64)
-ADDRESS = st.tuples(TEXT, TEXT)
 
 # One strategy for the fields of each kind; attachments of None only, frames have tests of their own.
 KINDS: dict[int, list[st.SearchStrategy[Any]]] = {
@@ -63,6 +65,7 @@ def test_every_kind_has_a_round_trip() -> None:
     assert sorted(KINDS) == sorted(kinds) == list(range(len(kinds)))
 
 
+@UNHURRIED
 @given(st.lists(ENVELOPES, max_size=8))
 def test_envelopes_laid_end_to_end_come_out_in_order(envelopes: list[list[Any]]) -> None:
     frame = b"".join(map(wire.pack, envelopes))
@@ -71,6 +74,7 @@ def test_envelopes_laid_end_to_end_come_out_in_order(envelopes: list[list[Any]])
     assert list(wire.unpack([memoryview(frame)])) == envelopes
 
 
+@UNHURRIED
 @given(ENVELOPES)
 def test_the_fast_path_agrees_with_the_general_one(envelope: list[Any]) -> None:
     assert wire.unpack_one(wire.pack(envelope)) == envelope
@@ -148,7 +152,7 @@ def test_an_announcement_of_no_frames_is_refused(count: int) -> None:
     ids=repr,
 )
 def test_what_is_not_an_envelope_is_refused(value: Any) -> None:
-    frame = msgpack.packb(value)
+    frame = wire.pack(value)
 
     with pytest.raises(wire.WireError, match="not an envelope"):
         list(wire.unpack([frame]))
@@ -169,6 +173,7 @@ def test_nesting_without_end_is_refused() -> None:
         list(wire.unpack([b"\x91" * 100_000]))
 
 
+@UNHURRIED
 @given(ENVELOPES, ENVELOPES, st.data())
 def test_a_frame_cut_off_anywhere_yields_what_is_whole_and_then_an_error(
     first: list[Any], second: list[Any], data: st.DataObject
@@ -184,15 +189,15 @@ def test_a_frame_cut_off_anywhere_yields_what_is_whole_and_then_an_error(
     assert wire.unpack_one(cut[:length]) is None
 
 
+@UNHURRIED
 @given(st.binary(max_size=200), st.integers(0, 3))
 def test_arbitrary_bytes_raise_nothing_but_a_wire_error(frame: bytes, num_frames: int) -> None:
     outcome_of([frame, *[b"buffer"] * num_frames])
-    try:
+    with contextlib.suppress(wire.WireError):
         wire.unpack_one(frame)
-    except wire.WireError:
-        pass
 
 
+@UNHURRIED
 @given(ENVELOPES, st.integers(0, 1 << 20), st.integers(1, 255), st.integers(0, 2))
 def test_a_damaged_envelope_raises_nothing_but_a_wire_error(
     envelope: list[Any], place: int, change: int, num_frames: int

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from .rows import Judgement, Result, Row, Verdict, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 RATIO_TOLERANCE: Final = 1.2
 """Ratios to a limit hold from day to day, so a fifth is a change."""
@@ -29,7 +31,7 @@ class Regression:
 
 
 def regressions(old: Sequence[tuple[Row, Result]], new: Sequence[tuple[Row, Result]]) -> list[Regression]:
-    """Return the rows of ``new`` that are worse than in ``old``, the worst first; void and missing rows are left out."""
+    """Return the rows of ``new`` that are worse than in ``old``, the worst first; void and missing rows are skipped."""
     before = {row.name: judge(row, result) for row, result in old}
     found = [
         regression

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from .rows import UNITS, Result, Row
-from .subject import Group, Subject
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+
+    from .subject import Group, Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +32,13 @@ class Effort:
     """Processes killed for each row."""
     sizes: tuple[int, ...]
     """Payloads, bytes."""
+    thorough: bool
+    """Warm up what takes seconds, too, and measure the limits that no goal refers to."""
 
 
 KIB, MIB = 1 << 10, 1 << 20
+BUDGET_S: Final = 60.0
+"""How long a slow runtime may take over one row."""
 FULL = Effort(
     name="full",
     rounds=10,
@@ -39,9 +47,10 @@ FULL = Effort(
     starts=5,
     deaths=100,
     sizes=(KIB, 64 * KIB, MIB, 16 * MIB, 64 * MIB, 256 * MIB),
+    thorough=True,
 )
 QUICK = Effort(
-    name="quick", rounds=3, calls=100, flight=10_000, starts=1, deaths=5, sizes=(KIB, MIB, 64 * MIB)
+    name="quick", rounds=3, calls=100, flight=10_000, starts=1, deaths=5, sizes=(KIB, MIB, 64 * MIB), thorough=False
 )
 
 
@@ -65,7 +74,7 @@ class Lab:
         return self._groups[key]
 
     @contextlib.contextmanager
-    def fresh_group(self, num_procs: int, *, torch: bool = False) -> Iterator[Group]:
+    def fresh_group(self, num_procs: int, *, torch: bool = False) -> Generator[Group]:
         """Start a mesh for one use; stops it at the end unless that has been done."""
         group = self.subject.spawn(num_procs, torch=torch)
         try:
@@ -80,22 +89,29 @@ class Lab:
             _key, group = self._groups.popitem()
             group.stop()
 
-    def record(  # noqa: PLR0913  the columns of a row
+    def forget(self) -> None:
+        """Stop the shared meshes, as far as they still can be, after something went wrong."""
+        while self._groups:
+            _key, group = self._groups.popitem()
+            with contextlib.suppress(Exception):
+                group.stop()
+
+    def record(
         self,
         row: Row,
         samples: Sequence[float],
         *,
         limit: Sequence[float] = (),
         base: Sequence[float] = (),
-        **beside: Sequence[float],
+        beside: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Keep the samples of a row, given in seconds, per second or MiB. ``beside`` is labelled by its keywords."""
+        """Keep the samples of a row, given in seconds, per second or MiB."""
         scale = UNITS[row.unit]
         self.results[row.name] = Result(
             samples=[each * scale for each in samples],
             limit=[each * scale for each in limit],
             base=[each * scale for each in base],
-            beside={label.replace("_", " "): [each * scale for each in values] for label, values in beside.items()},
+            beside={label: [each * scale for each in values] for label, values in (beside or {}).items()},
         )
 
 
@@ -121,16 +137,19 @@ def times(work: Callable[[], object], count: int) -> list[float]:
     return [timed(work) for _ in range(count)]
 
 
-def in_turns(rounds: int, *blocks: Callable[[], Iterable[float]]) -> list[list[float]]:
+def in_turns(rounds: int, *blocks: Callable[[], Iterable[float]], warm_up: bool = True) -> list[list[float]]:
     """Run every block once, then all again, ``rounds`` times; return the samples of each block.
 
-    What else the machine does meanwhile hits all blocks alike. The first round warms up and is dropped.
+    What else the machine does meanwhile hits all blocks alike. With ``warm_up`` a first round more is run and dropped.
+    No round starts after ``BUDGET_S``.
     """
     samples: list[list[float]] = [[] for _ in blocks]
-    for number in range(rounds + 1):
+    end = time.perf_counter() + BUDGET_S
+    for number in range(-1 if warm_up else 0, rounds):
         for block, kept in zip(blocks, samples, strict=True):
             taken = block()
-            if number:
+            if number >= 0:
                 kept.extend(taken)
+        if number >= 0 and time.perf_counter() > end:
+            break
     return samples
-

@@ -2,102 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 from . import limits
-from .lab import Lab, Measure, in_turns, timed, times
+from .lab import Lab, Measure, in_turns, times
 from .placement import Placement, placed
 from .rows import Goal, Row
-from .subject import Group
 
-_PAIR: Final = "ZeroMQ PAIR"
+if TYPE_CHECKING:
+    from .subject import Group
+
+Block = Callable[[], list[float]]
+Rows = dict[Placement, Row]
+
 _PAIR_US: Final = {Placement.ONE_CORE: 38.0, Placement.FREE: 85.0}
+_RELAY_US: Final = {Placement.ONE_CORE: 38.0, Placement.FREE: 96.0}
 _SCATTER_US: Final = {8: 287.0, 32: 1074.0}
 _SPIN_S: Final = 0.3
+_CALLS_WHILE_SPINNING: Final = 15
+"""Few enough that all end before the spin does, even at 15 ms a call."""
+_PAUSE_S: Final = 0.003
+"""Between those calls: while messages come without a rest, the busy thread hardly gets to run at all."""
 
 
-def _round_trip(name: str, title: str, goal: Goal | None, call: Callable[[Group], Callable[[], object]]) -> Measure:
-    rows = {
+def _placed_rows(name: str, title: str, *, limit_name: str, anchors: dict[Placement, float], goal: Goal | None) -> Rows:
+    return {
         placement: Row(
             name=f"{name}-{placement.slug}",
             title=f"{title}, {placement.value}",
             unit="us",
-            limit_name=_PAIR,
-            anchor=_PAIR_US[placement],
+            limit_name=limit_name,
+            anchor=anchors.get(placement),
             goal=goal,
         )
         for placement in Placement
     }
 
+
+def _measure_placed(lab: Lab, rows: Rows, block: Block, limit_block: Block) -> None:
+    for placement, row in rows.items():
+        lab.say(row.title)
+        with placed(placement):
+            samples, limit = in_turns(lab.effort.rounds, block, limit_block)
+        lab.record(row, samples, limit=limit)
+
+
+def _one_call(
+    name: str, title: str, goal: Goal, anchors: dict[Placement, float], block: Callable[[Group, int], list[float]]
+) -> Measure:
+    rows = _placed_rows(name, title, limit_name="ZeroMQ PAIR", anchors=anchors, goal=goal)
+
     def run(lab: Lab) -> None:
-        work, effort = call(lab.group(2)), lab.effort
-        with _ping_pong() as pair:
-            for placement, row in rows.items():
-                lab.say(row.title)
-                with placed(placement):
-                    samples, limit = in_turns(
-                        effort.rounds, lambda: times(work, effort.calls), lambda: pair.times(effort.calls)
-                    )
-                lab.record(row, samples, limit=limit)
+        group, calls = lab.group(2), lab.effort.calls
+        pair = limits.PingPong()
+        with limits.closing_all(pair):
+            _measure_placed(lab, rows, lambda: block(group, calls), lambda: pair.times(calls))
 
     return Measure(name=name, rows=tuple(rows.values()), run=run)
 
 
-def _actor_to_actor() -> Measure:
-    rows = {
-        placement: Row(
-            name=f"actor-to-actor-{placement.slug}",
-            title=f"actor to actor, {placement.value}",
-            unit="us",
-            limit_name=_PAIR,
-            anchor={Placement.ONE_CORE: 38.0, Placement.FREE: 96.0}[placement],
-            goal=Goal(times=2.5),
-        )
-        for placement in Placement
-    }
-
-    def run(lab: Lab) -> None:
-        group, effort = lab.group(2), lab.effort
-        with _ping_pong() as pair:
-            for placement, row in rows.items():
-                lab.say(row.title)
-                with placed(placement):
-                    samples, limit = in_turns(
-                        effort.rounds, lambda: group.relay(effort.calls), lambda: pair.times(effort.calls)
-                    )
-                lab.record(row, samples, limit=limit)
-
-    return Measure(name="actor-to-actor", rows=tuple(rows.values()), run=run)
-
-
 def _call_procs(num_procs: int) -> Measure:
-    rows = {
-        placement: Row(
-            name=f"call-{num_procs}-{placement.slug}",
-            title=f"call on {num_procs} proc{'s' if num_procs > 1 else ''}, {placement.value}",
-            unit="us",
-            limit_name="ZeroMQ scatter, gather",
-            anchor=_SCATTER_US.get(num_procs),
-            goal=Goal(times=2.0) if num_procs > 1 else None,
-        )
-        for placement in Placement
-    }
+    rows = _placed_rows(
+        f"call-{num_procs}",
+        f"call on {num_procs} proc{'s' if num_procs > 1 else ''}",
+        limit_name="ZeroMQ scatter and gather",
+        anchors=dict.fromkeys(Placement, _SCATTER_US[num_procs]) if num_procs in _SCATTER_US else {},
+        goal=Goal(times=2.0) if num_procs in _SCATTER_US else None,
+    )
 
     def run(lab: Lab) -> None:
-        group, effort = lab.group(num_procs), lab.effort
-        calls = max(10, effort.calls // num_procs)
+        group, calls = lab.group(num_procs), max(20, lab.effort.calls // num_procs)
         nursery = limits.Nursery()
         with limits.closing_all(nursery):
             nursery.fork_workers(num_procs)
-            for placement, row in rows.items():
-                lab.say(row.title)
-                with placed(placement):
-                    samples, limit = in_turns(
-                        effort.rounds, lambda: times(group.call_all, calls), lambda: nursery.calls(calls)
-                    )
-                lab.record(row, samples, limit=limit)
+            _measure_placed(lab, rows, lambda: times(group.call_all, calls), lambda: nursery.calls(calls))
 
     return Measure(name=f"call-{num_procs}", rows=tuple(rows.values()), run=run)
 
@@ -112,11 +91,10 @@ def _many_actors() -> Measure:
     )
 
     def run(lab: Lab) -> None:
-        few, many, effort = lab.group(8, actors=4), lab.group(32), lab.effort
-        calls = max(10, effort.calls // 32)
+        few, many, calls = lab.group(8, actors=4), lab.group(32), max(20, lab.effort.calls // 32)
         lab.say(row.title)
         samples, limit = in_turns(
-            effort.rounds, lambda: times(few.call_all, calls), lambda: times(many.call_all, calls)
+            lab.effort.rounds, lambda: times(few.call_all, calls), lambda: times(many.call_all, calls)
         )
         lab.record(row, samples, limit=limit)
 
@@ -136,37 +114,39 @@ def _busy_neighbour() -> Measure:
     def run(lab: Lab) -> None:
         group = lab.group(2)
 
-        def calls() -> Iterator[float]:
+        def block() -> list[float]:
             wait_ended = group.spin_neighbour(_SPIN_S)
-            # About half of the spin, should a call take 10 ms: the last must not run beside a neighbour at rest.
-            samples = times(group.call_one, 15)
+            samples = limits.paced_times(group.call_one, _CALLS_WHILE_SPINNING, pause_s=_PAUSE_S)
             wait_ended()
-            return iter(samples)
+            return samples
 
-        with _ping_pong(busy=True) as pair:
+        pair = limits.PingPong(busy=True)
+        with limits.closing_all(pair):
             lab.say(row.title)
-            samples, limit = in_turns(lab.effort.rounds, calls, lambda: pair.times(15))
+            samples, limit = in_turns(
+                lab.effort.rounds, block, lambda: pair.times(_CALLS_WHILE_SPINNING, pause_s=_PAUSE_S)
+            )
         lab.record(row, samples, limit=limit)
 
     return Measure(name=row.name, rows=(row,), run=run)
 
 
-@contextmanager
-def _ping_pong(*, busy: bool = False) -> Iterator[limits.PingPong]:
-    pair = limits.PingPong(busy=busy)
-    with limits.closing_all(pair):
-        yield pair
+def _sync_calls(group: Group, count: int) -> list[float]:
+    return times(group.call_one, count)
+
+
+def _async_calls(group: Group, count: int) -> list[float]:
+    return times(group.call_one_async, count)
+
+
+def _relayed_calls(group: Group, count: int) -> list[float]:
+    return group.relay(count)
 
 
 MEASURES: Final = (
-    _round_trip(
-        "round-trip",
-        "call, sync endpoint",
-        Goal(times=2.5, p99_times_p50=3.0),
-        lambda group: group.call_one,
-    ),
-    _round_trip("round-trip-async", "call, async endpoint", Goal(times=3.0), lambda group: group.call_one_async),
-    _actor_to_actor(),
+    _one_call("round-trip", "call, sync endpoint", Goal(times=2.5, p99_times_p50=3.0), _PAIR_US, _sync_calls),
+    _one_call("round-trip-async", "call, async endpoint", Goal(times=3.0), _PAIR_US, _async_calls),
+    _one_call("actor-to-actor", "call, actor to actor", Goal(times=2.5), _RELAY_US, _relayed_calls),
     _call_procs(1),
     _call_procs(8),
     _call_procs(32),

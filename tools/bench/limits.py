@@ -1,8 +1,8 @@
 """Measures what the machine allows without the runtime: raw ZeroMQ, copies, forks, imports, deaths.
 
-Imports nothing of danaus, so that the column which the runtime is compared with can be read and run by itself. The file
-is also the other process of each limit (``python limits.py ROLE ...``, the functions at the end), which lives exactly as
-long as its :class:`Child` in the parent. Every wait ends after ``WAIT_S``. Times are seconds, memory is MiB.
+Imports nothing of danaus, so that the column which the runtime is compared with can be read and run by itself. The
+file is also the other process of each limit (``python limits.py ROLE ...``, the functions at the end), which lives as
+long as its :class:`Child` in the parent and no longer. Every wait ends after ``WAIT_S``. Times are seconds, memory MiB.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Sequence
 
 WAIT_S: Final = 60.0
 SWITCH_INTERVAL_S: Final = 0.0005
@@ -61,6 +63,10 @@ class Child:
         assert self._process.stdout is not None
         wait_readable(self._process.stdout.fileno(), f"{self._process.args} printed nothing")
         return self._process.stdout.readline().decode().strip()
+
+    def wait_ended(self) -> None:
+        """Wait until the process has ended by itself."""
+        self._process.wait(WAIT_S)
 
     def close(self) -> None:
         """End the process and reap it."""
@@ -105,9 +111,9 @@ class PingPong:
         self._child = Child("echo", self._wires.address("pair"), *(["busy"] if busy else []))
         self._socket.recv()
 
-    def times(self, count: int) -> list[float]:
-        """Return the seconds of each of ``count`` round trips."""
-        return [_timed(self._round_trip) for _ in range(count)]
+    def times(self, count: int, *, pause_s: float = 0.0) -> list[float]:
+        """Return the seconds of each of ``count`` round trips, with a rest before each."""
+        return paced_times(self._round_trip, count, pause_s=pause_s)
 
     def _round_trip(self) -> None:
         self._socket.send(SMALL)
@@ -187,7 +193,9 @@ class Nursery:
         self._rounds += 1
         names = [f"{self._rounds}-{number}" for number in range(count)]
         self._sockets = [self._wires.bind("DEALER", name) for name in names]
-        self.pids = [int(pid) for pid in self._child.ask(f"fork {count} {self._wires.address(self._rounds)}").split()[1:]]
+        self.pids = [
+            int(pid) for pid in self._child.ask(f"fork {count} {self._wires.address(self._rounds)}").split()[1:]
+        ]
         for socket in self._sockets:
             socket.recv()
 
@@ -311,7 +319,9 @@ def foreign_read_times(size_bytes: int, count: int) -> list[float]:
 
 def import_time(*modules: str) -> float:
     """Return the seconds that a fresh interpreter takes to import ``modules``."""
-    source = f"import time\nstart = time.perf_counter()\nimport {', '.join(modules)}\nprint(time.perf_counter() - start)"
+    source = (
+        f"import time\nstart = time.perf_counter()\nimport {', '.join(modules)}\nprint(time.perf_counter() - start)"
+    )
     return float(_run(source))
 
 
@@ -324,11 +334,16 @@ def imported_memory(*modules: str) -> tuple[float, float]:
 
 
 def start_time(count: int, *modules: str) -> float:
-    """Return the seconds from starting a script until ``count`` ZeroMQ workers that it forked have each replied."""
+    """Return the seconds from starting a script until ``count`` ZeroMQ workers that it forked have each replied.
+
+    The plain way to write it: workers connect before the script has bound, and lose one reconnect interval (0.1 s).
+    """
     start = time.monotonic()
     child = Child("start", count, *modules)
     try:
-        return float(child.read_line()) - start
+        replied_at = float(child.read_line())
+        child.wait_ended()
+        return replied_at - start
     finally:
         child.close()
 
@@ -371,6 +386,16 @@ def wait_readable(fd: int, what_if_not: str) -> None:
     poller.register(fd, select.POLLIN | select.POLLHUP)
     if not poller.poll(WAIT_S * 1000):
         raise TimeoutError(f"{what_if_not} in {WAIT_S:g} s")
+
+
+def paced_times(work: Callable[[], object], count: int, *, pause_s: float) -> list[float]:
+    """Return the seconds of each of ``count`` repetitions, with a rest before each."""
+    times: list[float] = []
+    for _ in range(count):
+        if pause_s:
+            time.sleep(pause_s)
+        times.append(_timed(work))
+    return times
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -430,7 +455,8 @@ def _calls(address: str) -> None:
     socket = _connect("DEALER", address)
     socket.send(b"up")
     while True:
-        _name, _args, number = pickle.loads(socket.recv())  # noqa: S301  our own parent
+        # Bytes of the parent process, over a socket in a directory that only this user can enter.
+        _name, _args, number = pickle.loads(socket.recv())  # noqa: S301
         socket.send(pickle.dumps((number, None)))
 
 
@@ -548,7 +574,7 @@ _ROLES: Final[dict[str, Callable[..., None]]] = {
 
 
 @contextlib.contextmanager
-def closing_all(*limits: Any) -> Iterator[None]:
+def closing_all(*limits: Any) -> Generator[None]:
     """Close every given limit at the end, whatever happens."""
     with contextlib.ExitStack() as stack:
         for limit in limits:

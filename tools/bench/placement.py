@@ -1,18 +1,24 @@
-"""Where processes run: on one core, or wherever the scheduler puts them. Two that talk are twice as fast on one core."""
+"""Where processes run: on one core or where the scheduler puts them. Two that talk are twice as fast on one core."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
 
 
 class Placement(Enum):
     """Where a block of samples runs; limit and runtime are always measured under the same."""
 
-    ONE_CORE = "one core"
     FREE = "free"
+    """Where the scheduler puts each process, be it on one core or on two: not always the same for both."""
+    ONE_CORE = "one core"
+    TWO_CORES = "two cores"
+    """This process on one, all others on another."""
 
     @property
     def slug(self) -> str:
@@ -21,21 +27,24 @@ class Placement(Enum):
 
 
 @contextlib.contextmanager
-def placed(placement: Placement) -> Iterator[None]:
-    """Keep this process and all of its descendants, with every thread, on one core for the block (or do nothing)."""
+def placed(placement: Placement) -> Generator[None]:
+    """Keep this process and its descendants, with every thread, on the cores of ``placement`` for the block."""
     if placement is Placement.FREE:
         yield
         return
     allowed = os.sched_getaffinity(0)
-    _confine({max(allowed)})
+    last, first = max(allowed), min(allowed)
+    others = descendants(os.getpid())
+    _confine([os.getpid()], {first if placement is Placement.TWO_CORES else last})
+    _confine(others, {last})
     try:
         yield
     finally:
-        _confine(allowed)
+        _confine([os.getpid(), *others], allowed)
 
 
-def _confine(cores: set[int]) -> None:
-    for pid in (os.getpid(), *descendants(os.getpid())):
+def _confine(pids: Sequence[int], cores: set[int]) -> None:
+    for pid in pids:
         # A thread or process may end between being listed and being moved.
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{pid}/task"):

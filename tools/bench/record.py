@@ -7,13 +7,15 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from .rows import Goal, Result, Row, judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 FORMAT: Final = 1
 _PACKAGES: Final = ("danaus", "pyzmq", "msgpack", "cloudpickle", "numpy", "torch", "torchmonarch", "ray")

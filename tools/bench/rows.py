@@ -1,4 +1,4 @@
-"""What a row of the benchmark is: its unit, its goal, and the verdict that samples earn. Pure, and blind to how they came."""
+"""What a row of the benchmark is: its unit, its goal, and the verdict that its samples earn. Pure."""
 
 from __future__ import annotations
 
@@ -168,7 +168,10 @@ def goal_text(row: Row) -> str:
         return ""
     parts: list[str] = []
     if goal.times is not None:
-        parts.append(f"{'>=' if row.more_is_better else '<='} {goal.times:g} x" + (f" + {row.base_name}" if row.base_name else ""))
+        parts.append(
+            f"{'>=' if row.more_is_better else '<='} {goal.times:g} x"
+            + (f" + {row.base_name}" if row.base_name else "")
+        )
     if goal.at_most is not None:
         parts.append(f"<= {goal.at_most:g} {row.unit}")
     if goal.p99_at_most is not None:

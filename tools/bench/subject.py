@@ -1,10 +1,12 @@
-"""What the benchmark asks of a runtime. Danaus and its peers each implement it, so that all are measured by the same code."""
+"""What the benchmark asks of a runtime. Danaus and its peers implement it, so that the same code measures them all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 WAIT_S: Final = 60.0
 """The longest that any single operation may take."""
@@ -23,7 +25,7 @@ class TorchUse(Enum):
 
 
 class Group(Protocol):
-    """Some procs with the benchmark's actors on each. Every method waits for what it started, unless it says otherwise."""
+    """Some procs with the benchmark's actors on each. Methods wait for what they started, unless they say otherwise."""
 
     def pids(self) -> list[int]:
         """Return the process of each rank."""
@@ -100,10 +102,10 @@ class Subject(Protocol):
         """Start ``num_procs`` procs with ``actors`` actors on each; does not wait for them."""
         ...
 
-    def daemons(self, workers: Sequence[int]) -> dict[str, int]:
-        """Return the processes that the runtime keeps beside its workers, by role."""
+    def daemons(self, workers: Sequence[int]) -> dict[str, list[int]]:
+        """Return the processes that the runtime keeps beside its workers: its ``agent``, its ``zygote``, if any."""
         ...
 
     def script(self, num_procs: int, torch: TorchUse) -> str:
-        """Return a script that prints ``time.monotonic()`` once every one of its procs has replied, then ends cleanly."""
+        """Return a script that prints ``time.monotonic()`` once each of its procs has replied, then ends cleanly."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from danaus.actors.models import Llama, generate, new_cache, tiny
 from danaus.actors.models.generate import pick
 

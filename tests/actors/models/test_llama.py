@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from danaus.actors.models import Llama, LlamaConfig, RMSNorm, base, next_token_loss, small, tiny
 from danaus.actors.models.llama import Attention, FeedForward, causal_mask, rope_tables, rotate
 

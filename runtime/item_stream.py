@@ -1,0 +1,169 @@
+"""Receives what a generator endpoint yields, and lets its caller iterate."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from . import wire
+from .errors import CallTimeoutError
+from .future import call_soon, refuse_inside_loop
+from .invoke import ITEM_WINDOW
+from .replies import Call, gone_error, load_reply, raise_error
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from .attachment import Incoming
+    from .failure import MeshFailure
+
+R = TypeVar("R")
+_MORE_AT: Final = ITEM_WINDOW // 2
+
+
+class _Items:
+    """The sink behind an :class:`ItemStream`."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.arrived: deque[tuple[bool, Callable[[], Any]]] = deque()
+        self.changed = threading.Condition()
+        self.waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+        self.is_over = False
+
+    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Take one item, or the end (I/O thread)."""
+        if status != wire.ITEM:
+            self.call.on_answered(slot)
+        if status == wire.END:
+            self._put(True, _end)
+        else:
+            self._put(status != wire.ITEM, partial(load_reply, self.call.endpoint, status, body, incoming))
+        return status != wire.ITEM
+
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        """End with the failure (I/O thread)."""
+        if proc != self.call.lanes[0].proc:
+            return False
+        self._put(True, partial(raise_error, gone_error(failure, self.call.endpoint)))
+        return True
+
+    def on_timeout(self, timeout_s: float) -> None:
+        """End with a timeout and close the generator (I/O thread)."""
+        if not self.is_over:
+            error = CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))
+            self.close()
+            self._put(True, partial(raise_error, error))
+
+    def _put(self, is_last: bool, load: Callable[[], Any]) -> None:
+        with self.changed:
+            self.is_over |= is_last
+            self.arrived.append((is_last, load))
+            self.changed.notify_all()
+            waiter = self.waiter
+        if waiter is not None:
+            call_soon(waiter[0], waiter[1].set)
+
+    def put_end(self) -> None:
+        """Let whoever waits for an item see that none will come."""
+        self._put(True, _end)
+
+    def close(self) -> None:
+        """Tell the actor to close its generator."""
+        if not self.is_over:
+            self.is_over = True
+            self.call.forget()
+            self.call.cancel_slots([0])
+
+
+class ItemStream(Generic[R]):
+    """What a generator endpoint yields: iterate with ``for`` or ``async for``.
+
+    The generator runs at most 64 items ahead. It is closed when this object is closed or dropped, when the call's
+    timeout passes, and when the caller's process dies.
+    """
+
+    def __init__(self, items: _Items) -> None:
+        self._items = items
+        self._is_over = False
+        self._taken = 0
+        items.call.proc.num_droppable += 1
+
+    def __iter__(self) -> Iterator[R]:
+        return self
+
+    def __next__(self) -> R:
+        if self._is_over:
+            raise StopIteration
+        items = self._items
+        if not items.arrived:
+            refuse_inside_loop(repr(self), "async for")
+            with items.changed:
+                items.changed.wait_for(lambda: items.arrived)
+        return self._open(items.arrived.popleft(), StopIteration)
+
+    def __aiter__(self) -> AsyncIterator[R]:
+        return self
+
+    async def __anext__(self) -> R:
+        if self._is_over:
+            raise StopAsyncIteration
+        items = self._items
+        while not items.arrived:
+            import asyncio
+
+            event = asyncio.Event()
+            with items.changed:
+                items.waiter = asyncio.get_running_loop(), event
+            if not items.arrived:
+                await event.wait()
+        return self._open(items.arrived.popleft(), StopAsyncIteration)
+
+    def _open(self, item: tuple[bool, Callable[[], Any]], end: type[Exception]) -> R:
+        is_last, load = item
+        self._is_over = is_last
+        self._taken += 1
+        if self._taken % _MORE_AT == 0 and not is_last:
+            call = self._items.call
+            lane = call.lanes[0]
+            call.proc.send(lane.proc, [wire.MORE, lane.actor, call.proc.proc_id, call.port, _MORE_AT])
+        try:
+            return load()
+        except _StreamEnd:
+            raise end from None
+
+    def close(self) -> None:
+        """Close the generator; items not yet taken are dropped, and a thread that waits for one goes on."""
+        self._is_over = True
+        self._items.close()
+        self._items.put_end()
+
+    def __enter__(self) -> ItemStream[R]:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Inside a garbage collection, on any thread: no lock may be taken, so the I/O thread does it.
+        self._items.call.proc.on_dropped(self._items.close)
+
+    def __repr__(self) -> str:
+        return f"<ItemStream {self._items.call.endpoint}>"
+
+
+def open_stream(call: Call) -> tuple[_Items, ItemStream[Any]]:
+    """Return the sink of a generator call, and what its caller iterates."""
+    items = _Items(call)
+    return items, ItemStream(items)
+
+
+class _StreamEnd(Exception):  # noqa: N818  names a state
+    pass
+
+
+def _end() -> Any:
+    raise _StreamEnd
