@@ -60,5 +60,5 @@ soak: setup
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist runs danaus.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist danaus.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -134,7 +134,6 @@ def train(trainers: Trainer, config: Config, log: RunLog, bar: TrainingBar) -> N
     while done < config.steps:
         step = trainers.step.options(timeout=limit_s).call()
         if done + 1 == config.kill_rank_at and config.kill_rank_at not in log.losses and not log.is_recovering:
-            log.on_rank_lost()
             os.kill(ranks[-1].pid, signal.SIGKILL)
             bar.say(f"killed rank {ranks[-1].rank} in step {done + 1}")
         metrics = list(step.get())

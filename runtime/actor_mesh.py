@@ -9,6 +9,7 @@ from . import wire
 from .actor import EndpointOptions, endpoints_of, spec_of
 from .adverbs import CallOptions, Endpoint
 from .context import current_instance, current_key, local_proc
+from .errors import MessageError
 from .mesh_trait import MeshTrait
 from .payload import dump
 from .replies import ask_all, gone_error
@@ -185,7 +186,11 @@ def spawn_actors(
             raise gone_error(
                 proc.gone[target], f"spawn of {name!r}; slice the mesh to its living ranks, or spawn new procs"
             )
-    payload = dump((mesh, args, kwargs, owner.actor_id))
+    try:
+        payload = dump((mesh, args, kwargs, owner.actor_id))
+    except Exception as error:
+        reason = f"it or an argument of its __init__ cannot be pickled here ({type(error).__name__}: {error})"
+        raise MessageError(f"spawn of {name!r} ({actor_class.__qualname__})", error, reason) from error
     out = proc.snapshot(payload, targets)
     data = wire.pack([wire.SPAWN, mesh._key, proc.proc_id, out.body, out.attachment])
     for target in targets:

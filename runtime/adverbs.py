@@ -36,11 +36,11 @@ class _Adverbs(Caller):
         timeout: float | None = None,
         on_error: Literal["first", "all"] = "first",
         reduce: Any = None,
+        session: object = None,
     ) -> Any:
         """Return the same endpoint with other options (see :class:`CallOptions`)."""
-        return type(self)(
-            self._mesh, self._spec, CallOptions(timeout=timeout, on_error=on_error, reduce=reduce), self._flags
-        )
+        options = CallOptions(timeout=timeout, on_error=on_error, reduce=reduce, session=session)
+        return type(self)(self._mesh, self._spec, options, self._flags)
 
     def _lanes(self, proc: LocalProc) -> list[Lane]:
         return self._mesh._lanes(proc, current_key())
@@ -156,7 +156,8 @@ class _Adverbs(Caller):
         lanes = self._lanes(local_proc())
         if not lanes:
             raise ValueError(f"{self._name}.choose: the mesh is empty")
-        return self._one(pick(lanes, local_proc().gone, session), arguments, options)
+        chosen = pick(lanes, local_proc().gone, options.session if session is None else session)
+        return self._one(chosen, arguments, options)
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Call every rank; return an iterator of futures (of items, for a generator) in order of arrival."""
@@ -208,7 +209,12 @@ if TYPE_CHECKING:
         """A method of an actor mesh that can be called remotely. Made by attribute access on the mesh."""
 
         def options(
-            self, *, timeout: float | None = ..., on_error: Literal["first", "all"] = ..., reduce: Any = ...
+            self,
+            *,
+            timeout: float | None = ...,
+            on_error: Literal["first", "all"] = ...,
+            reduce: Any = ...,
+            session: object = ...,
         ) -> Endpoint[P, R]: ...
         def call(self, *args: P.args, **kwargs: P.kwargs) -> Future[ValueMesh[R]]: ...
         def call_one(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...

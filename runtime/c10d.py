@@ -205,7 +205,7 @@ def make_group(recipe: Recipe, store: RuntimeStore, hosts: Sequence[str]) -> dis
     if has_nccl:
         nccl = _make_nccl(recipe, PrefixStore("nccl/", store))
         group._register_backend(torch.device("cuda"), _Types.NCCL, nccl)
-    group._set_group_name(recipe.name)
+    group._set_group_name(_group_name(recipe.name))
     group._set_group_desc(recipe.label)
     with _lock:
         _enter(group, recipe.name, recipe.backend, store, recipe.ranks)
@@ -218,7 +218,7 @@ def _make_gloo(recipe: Recipe, store: Store, hosts: Sequence[str]) -> Any:
     options._devices = [_Gloo.create_device(hostname=_listen_address(hosts))]
     options._timeout = _tables._get_default_timeout(dist.Backend("gloo"))
     options.global_ranks_in_group = list(recipe.ranks)
-    options.group_name = recipe.name
+    options.group_name = _group_name(recipe.name)
     backend = _Gloo(store, recipe.rank, len(recipe.ranks), options)
     backend._set_sequence_number_for_group()
     return backend
@@ -228,7 +228,7 @@ def _make_nccl(recipe: Recipe, store: Store) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _tables._get_default_timeout(dist.Backend("nccl"))
     options.global_ranks_in_group = list(recipe.ranks)
-    options.group_name = recipe.name
+    options.group_name = _group_name(recipe.name)
     backend = dist.ProcessGroupNCCL(store, recipe.rank, len(recipe.ranks), options)
     backend._set_sequence_number_for_group()
     # Else a member that cannot join is first noticed by the first collective.
@@ -248,12 +248,17 @@ def _listen_address(hosts: Sequence[str]) -> str:
 def _enter(group: dist.ProcessGroup, name: str, backend: str, store: Store, ranks: Sequence[int]) -> None:
     world, tag = _tables._world, f"danaus:{name}"
     world.pg_map[group] = (dist.Backend(backend), store)
-    world.pg_names[group] = _tables.GroupName(name) if hasattr(_tables, "GroupName") else name
+    world.pg_names[group] = name
     world.pg_group_ranks[group] = {rank: place for place, rank in enumerate(ranks)}
     world.pg_backend_config[group] = str(_tables.BackendConfig(dist.Backend(backend)))
     world.pg_to_tag[group] = tag
     world.tags_to_pg.setdefault(tag, []).append(group)
     _tables._register_process_group(name, group)
+
+
+def _group_name(name: str) -> Any:
+    """A plain str at run time; newer stubs have a type of its own for it."""
+    return name
 
 
 def is_entered(group: dist.ProcessGroup) -> bool:
@@ -264,13 +269,15 @@ def is_entered(group: dist.ProcessGroup) -> bool:
 def end_group(group: dist.ProcessGroup) -> None:
     """Close the group's connections and take it out of torch's tables."""
     with _lock:
-        if is_entered(group):
-            group.shutdown()
-            _remove(group)
+        was_entered = is_entered(group)
+        _remove(group)
         if _lender is group and _default is not None:
             default, store = _default
             _remove(default)
             _make_default(default.rank(), default.size(), store)
+    if was_entered:
+        # Outside of the lock: NCCL may take its time.
+        group.shutdown()
 
 
 def _remove(group: dist.ProcessGroup) -> None:
@@ -299,8 +306,8 @@ def ensure_default(mesh_id: str, rank: int, size: int) -> None:
             _make_default(rank, size, store)
         elif (dist.get_rank(), dist.get_world_size()) != (rank, size):
             raise RuntimeError(
-                f"torch.distributed was initialised here as rank {dist.get_rank()} of {dist.get_world_size()}, but this "
-                f"process is rank {rank} of {size} in its mesh: initialise it with those, or not at all"
+                f"torch.distributed was initialised here as rank {dist.get_rank()} of {dist.get_world_size()}, but "
+                f"this process is rank {rank} of {size} in its mesh: initialise it with those, or not at all"
             )
 
 
@@ -308,7 +315,7 @@ def _make_default(rank: int, size: int, store: Store) -> None:
     global _default, _lender
     default = dist.ProcessGroup(store, rank, size)
     default._set_default_backend(_Types.GLOO)
-    default._set_group_name("danaus")
+    default._set_group_name(_group_name("danaus"))
     default._set_group_desc("default_pg")
     _enter(default, "danaus", "gloo", store, range(size))
     _tables._update_default_pg(default)
@@ -319,8 +326,8 @@ def lend_to_default(group: dist.ProcessGroup) -> None:
     """Let the default group use the connections of ``group``, if that covers all of its ranks."""
     global _lender
     with _lock:
-        default = dist.group.WORLD
-        if _default is None or default is not _default[0] or _lender is not None:
+        default = None if _default is None else _default[0]
+        if default is None or default is not dist.group.WORLD or _lender is not None:
             return
         if dist.get_process_group_ranks(group) != list(range(default.size())):
             return
@@ -330,7 +337,7 @@ def lend_to_default(group: dist.ProcessGroup) -> None:
             default._register_backend(device, _Types.NCCL if backend.name() == "nccl" else _Types.GLOO, backend)
         name = world.pg_map[group][0]
         default._set_default_backend(_Types.NCCL if "nccl" in name else _Types.GLOO)
-        world.pg_map[default] = (name, _default[1])
+        world.pg_map[default] = (name, world.pg_map[default][1])
         world.pg_backend_config[default] = world.pg_backend_config[group]
         _lender = group
 
@@ -340,6 +347,10 @@ def drop_default() -> None:
     global _default, _lender
     with _lock:
         if _default is not None and dist.group.WORLD is _default[0]:
+            # Groups that the user made of it with new_group end too. Not all at once: that would also start their
+            # numbering again, and keys of those that ended are in the store still.
+            for group in [group for group in _tables._world.pg_map if group is not _default[0]]:
+                dist.destroy_process_group(group)
             _remove(_default[0])
             _tables._update_default_pg(None)
         _default = _lender = None

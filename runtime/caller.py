@@ -35,11 +35,13 @@ class CallOptions:
         timeout: Seconds until the call fails with CallTimeoutError and is called off; None waits.
         on_error: ``"first"`` fails a call with its first error; ``"all"`` returns each rank's outcome, errors too.
         reduce: Name of an operation, or a function of two values, that joins a call's values in rank order.
+        session: What ``choose`` keeps affinity by; see there.
     """
 
     timeout: float | None = None
     on_error: Literal["first", "all"] = "first"
     reduce: Any = None
+    session: object = None
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:

@@ -21,6 +21,7 @@ from .link import Link
 from .log_printer import LogPrinter
 from .payload import dump
 from .proc import AGENT, LocalProc
+from .proc_table import GRACE_AFTER_ERROR_S
 from .runner import ActorRunner
 
 if TYPE_CHECKING:
@@ -146,10 +147,11 @@ class Controller:
             return
         _controller = None
         deadline_s = time.monotonic() + END_LIMIT_S
+        actors_deadline_s = time.monotonic() + GRACE_AFTER_ERROR_S
         for runner in reversed(list(self.local.actors.values())):
             runner.request_stop()
         for runner in list(self.local.actors.values()):
-            runner.ended.wait(max(0.0, min(4.0, deadline_s - time.monotonic())))
+            runner.ended.wait(max(0.0, actors_deadline_s - time.monotonic()))
         if self._agent is not None:
             self.local.request("quit", {})
             self._said_bye.wait(max(0.0, deadline_s - time.monotonic()))

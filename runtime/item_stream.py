@@ -15,7 +15,7 @@ from .replies import Call, gone_error, load_reply, raise_error
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
     from .attachment import Incoming
     from .failure import MeshFailure
@@ -33,22 +33,26 @@ class _Items:
         self.changed = threading.Condition()
         self.waiter: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
         self.is_over = False
+        self.peers: tuple[_Items, ...] = ()
 
     def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
         """Take one item, or the end (I/O thread)."""
         if status != wire.ITEM:
             self.call.on_answered(slot)
-        if status == wire.END:
+        load = partial(load_reply, self.call.endpoint, status, body, incoming)
+        if status == wire.ITEM:
+            self._put(False, load)
+        elif status == wire.END:
             self._put(True, _end)
         else:
-            self._put(status != wire.ITEM, partial(load_reply, self.call.endpoint, status, body, incoming))
+            self._fail(load)
         return status != wire.ITEM
 
     def on_gone(self, proc: str, failure: MeshFailure) -> bool:
         """End with the failure (I/O thread)."""
         if proc != self.call.lanes[0].proc:
             return False
-        self._put(True, partial(raise_error, gone_error(failure, self.call.endpoint)))
+        self._fail(partial(raise_error, gone_error(failure, self.call.endpoint)))
         return True
 
     def on_timeout(self, timeout_s: float) -> None:
@@ -56,7 +60,14 @@ class _Items:
         if not self.is_over:
             error = CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))
             self.close()
-            self._put(True, partial(raise_error, error))
+            self._fail(partial(raise_error, error))
+
+    def _fail(self, load: Callable[[], Any]) -> None:
+        """End with an error, for the streams beside this one too: their next item may wait for this rank."""
+        self._put(True, load)
+        for stream in self.peers:
+            stream.close()
+            stream._put(True, load)
 
     def _put(self, is_last: bool, load: Callable[[], Any]) -> None:
         with self.changed:
@@ -153,6 +164,13 @@ class ItemStream(Generic[R]):
 
     def __repr__(self) -> str:
         return f"<ItemStream {self._items.call.endpoint}>"
+
+
+def bind_streams(streams: Sequence[ItemStream[Any]]) -> None:
+    """Have the first error of any of ``streams`` end all of them."""
+    sinks = tuple(stream._items for stream in streams)
+    for sink in sinks:
+        sink.peers = tuple(other for other in sinks if other is not sink)
 
 
 def open_stream(call: Call) -> tuple[_Items, ItemStream[Any]]:

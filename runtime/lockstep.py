@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from .item_stream import bind_streams
 from .value_mesh import ValueMesh
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ R = TypeVar("R")
 
 
 class LockstepStream(Generic[R]):
-    """What ``call`` returns for a generator endpoint: ValueMeshes, until the first rank's generator ends."""
+    """What ``call`` returns for a generator endpoint: ValueMeshes, until the first rank's generator ends or fails."""
 
     def __init__(self, extent: Extent, streams: Sequence[ItemStream[R]]) -> None:
         self._extent, self._streams = extent, streams
+        bind_streams(streams)
 
     def __iter__(self) -> Iterator[ValueMesh[R]]:
         return self

@@ -62,7 +62,7 @@ def reducer(operation: str | Callable[[Any, Any], Any] | None) -> Callable[[Valu
     if operation is None:
         return lambda values: values
     if operation == "mean":
-        return lambda values: functools.reduce(operator.add, values) / len(values)
+        return lambda values: _fold(operator.add, values) / len(values)
     if callable(operation):
         return functools.partial(_fold, operation)
     if operation not in _NAMED:
@@ -73,4 +73,6 @@ def reducer(operation: str | Callable[[Any, Any], Any] | None) -> Callable[[Valu
 
 
 def _fold(operation: Callable[[Any, Any], Any], values: ValueMesh[Any]) -> Any:
+    if not len(values):
+        raise ValueError("reduce=: the mesh is empty, there is nothing to join; leave reduce= out, or test len(mesh)")
     return functools.reduce(operation, values)

@@ -1,5 +1,8 @@
 """What an actor is: made once on its own thread, found by its handles from anywhere, cleaned up at its end."""
 
+# Endpoints here take and return anything, and some calls are wrong on purpose.
+# pyright: reportAttributeAccessIssue=false, reportUnusedClass=false
+
 from __future__ import annotations
 
 import asyncio
@@ -18,6 +21,7 @@ from danaus import (
     Channel,
     FailureKind,
     HostMesh,
+    MessageError,
     Port,
     ProcMesh,
     StoppedError,
@@ -254,6 +258,8 @@ def test_bad_spawns_are_refused_at_the_call(procs: ProcMesh) -> None:
         procs.spawn("dict", dict)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="name"):
         procs.spawn(Plain, "plain")  # type: ignore[arg-type]
+    with pytest.raises(MessageError, match=r"spawn of 'plain'.*cannot be pickled"):
+        procs.spawn("plain", Plain, threading.Lock())
     with pytest.raises(ValueError, match="mailbox"):
         procs.spawn("plain", Plain, mailbox=0)
 

@@ -425,7 +425,7 @@ def test_options_belong_to_the_endpoint_they_were_set_on() -> None:
 
 def test_a_call_with_a_timeout_fails_when_its_time_has_come(proc: FakeProc) -> None:
     future = mesh_of(Counter, dp=2).add.options(timeout=2.5).call(1)
-    [on_time] = proc.timers
+    [(_, on_time)] = proc.timers
     on_time()
 
     with pytest.raises(
@@ -439,7 +439,7 @@ def test_a_call_that_was_answered_and_dropped_is_not_kept_until_its_time(proc: F
     future = mesh_of(Counter, dp=1).add.options(timeout=1000).call_one(1)
     proc.ports.clear()
     del future
-    [on_time] = proc.timers
+    [(_, on_time)] = proc.timers
 
     on_time()
 

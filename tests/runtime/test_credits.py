@@ -67,6 +67,14 @@ def test_one_message_may_be_larger_than_the_bound() -> None:
     assert account.has_room()
 
 
+def test_with_nothing_under_way_a_message_may_be_sent_whatever_the_bytes_say() -> None:
+    account = CreditAccount(1, 1000)
+    account.spend(5000)
+    account.give_back(1, 0)
+
+    assert account.has_room()
+
+
 def test_each_overdraft_at_least_doubles_what_may_be_over_the_bound() -> None:
     account = CreditAccount(1)
     rooms: list[int] = []

@@ -3,6 +3,9 @@
 All deaths are real: a signal to a real process. The meshes are made per test, because each test breaks its own.
 """
 
+# Endpoints here take and return anything, and some calls are wrong on purpose.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+
 from __future__ import annotations
 
 import asyncio

@@ -96,17 +96,18 @@ def test_get_waits_for_the_value() -> None:
 def test_many_threads_get_one_value_that_is_loaded_once() -> None:
     future: Future[object] = Future()
     loads: list[int] = []
-    all_loading = threading.Barrier(8)
+    is_loaded_twice = threading.Event()
 
     def load() -> object:
         loads.append(threading.get_ident())
+        if len(loads) > 1:
+            is_loaded_twice.set()
+        # Long enough for every other thread to come here, if any could.
+        is_loaded_twice.wait(0.2)
         return object()
 
-    def ask() -> object:
-        all_loading.wait(LIMIT_S)
-        return future.get(timeout=LIMIT_S)
-
-    askers = [in_thread(ask) for _ in range(8)]
+    askers = [in_thread(lambda: future.get(timeout=LIMIT_S)) for _ in range(8)]
+    wait_asked(future, 8)
     future._resolve(load)
     values = {id(asker.result(LIMIT_S)) for asker in askers}
 

@@ -453,6 +453,29 @@ def test_a_sharded_checkpoint_is_written_and_loaded_without_naming_a_group(squar
     assert do(square, run, str(tmp_path / "checkpoint")) == [True] * 4
 
 
+def test_code_that_makes_groups_of_the_default_group_finds_one(square: Any) -> None:
+    def run() -> tuple[float, ...]:
+        mesh = device_mesh("a", "b")
+        flat, halves = mesh._flatten("ab").get_group(), [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        dist.barrier()
+        sums = [torch.ones(1), torch.ones(1)]
+        for ones, group in zip(sums, (flat, halves[current_rank()["a"]]), strict=True):
+            dist.all_reduce(ones, group=group)
+        return dist.get_rank(), dist.get_world_size(), *(ones.item() for ones in sums)
+
+    assert do(square, run) == [(rank, 4, 4.0, 2.0) for rank in range(4)]
+
+
+def test_a_default_group_of_the_users_own_has_to_have_the_ranks_of_the_mesh() -> None:
+    def disagree() -> Any:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return process_group("a")
+
+    with this_host().spawn_procs({"a": 2}, name="pair", preload=PRELOAD) as procs:
+        errors = fails(procs.spawn("pair", Member), disagree)
+    assert "initialised here as rank 0 of 1, but this process is rank 1 of 2" in str(errors[1])
+
+
 # the store:
 
 

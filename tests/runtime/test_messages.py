@@ -1,5 +1,8 @@
 """What travels: snapshots, shared memory and its leases, broken messages, and bounds on what is under way."""
 
+# Endpoints here take and return anything, and some calls are wrong on purpose.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import asyncio

@@ -143,6 +143,13 @@ def test_local_classes_arrive_with_their_instances() -> None:
     assert sent(Local(21)).double() == 42
 
 
+def test_a_local_subclass_of_a_plain_type_arrives() -> None:
+    class Meters(int):
+        pass
+
+    assert type(sent(Meters(3))).__name__ == type(sent({"x": [Meters(3)]})["x"][0]).__name__ == "Meters"
+
+
 def test_functions_and_classes_of_main_are_loaded_by_a_process_that_has_not_their_file() -> None:
     script = """
 import sys
@@ -293,6 +300,12 @@ def test_a_large_array_is_neither_copied_into_the_pickle_nor_copied_at_all() -> 
     assert len(payload.body) < 1000
     assert np.shares_memory(np.frombuffer(payload.buffers[0], array.dtype), array)
     assert all(view.readonly for view in payload.buffers)
+
+
+def test_an_array_on_a_buffer_that_could_be_written_to_is_read_only_too() -> None:
+    payload = dump(np.arange(LARGE))
+
+    assert not load(payload.body, [bytearray(payload.buffers[0])]).flags.writeable
 
 
 def test_a_received_array_stands_on_the_received_buffer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
 from . import limits
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 Block = Callable[[], list[float]]
 Rows = dict[Placement, Row]
+Anchors = Mapping[Placement, float | None]
 
-_PAIR_US: Final = {Placement.ONE_CORE: 38.0, Placement.FREE: 85.0}
-_RELAY_US: Final = {Placement.ONE_CORE: 38.0, Placement.FREE: 96.0}
+_PAIR_US: Final = {Placement.FREE: 85.0, Placement.ONE_CORE: 38.0, Placement.TWO_CORES: 85.0}
+_RELAY_US: Final = {Placement.FREE: 96.0, Placement.ONE_CORE: 38.0}
+_SCATTER_PLACEMENTS: Final = (Placement.FREE, Placement.ONE_CORE)
 _SCATTER_US: Final = {8: 287.0, 32: 1074.0}
 _SPIN_S: Final = 0.3
 _CALLS_WHILE_SPINNING: Final = 15
@@ -26,17 +28,17 @@ _PAUSE_S: Final = 0.003
 """Between those calls: while messages come without a rest, the busy thread hardly gets to run at all."""
 
 
-def _placed_rows(name: str, title: str, *, limit_name: str, anchors: dict[Placement, float], goal: Goal | None) -> Rows:
+def _placed_rows(name: str, title: str, *, limit_name: str, anchors: Anchors, goal: Goal | None) -> Rows:
     return {
         placement: Row(
             name=f"{name}-{placement.slug}",
             title=f"{title}, {placement.value}",
             unit="us",
             limit_name=limit_name,
-            anchor=anchors.get(placement),
+            anchor=anchor,
             goal=goal,
         )
-        for placement in Placement
+        for placement, anchor in anchors.items()
     }
 
 
@@ -49,7 +51,7 @@ def _measure_placed(lab: Lab, rows: Rows, block: Block, limit_block: Block) -> N
 
 
 def _one_call(
-    name: str, title: str, goal: Goal, anchors: dict[Placement, float], block: Callable[[Group, int], list[float]]
+    name: str, title: str, goal: Goal, anchors: Anchors, block: Callable[[Group, int], list[float]]
 ) -> Measure:
     rows = _placed_rows(name, title, limit_name="ZeroMQ PAIR", anchors=anchors, goal=goal)
 
@@ -67,7 +69,7 @@ def _call_procs(num_procs: int) -> Measure:
         f"call-{num_procs}",
         f"call on {num_procs} proc{'s' if num_procs > 1 else ''}",
         limit_name="ZeroMQ scatter and gather",
-        anchors=dict.fromkeys(Placement, _SCATTER_US[num_procs]) if num_procs in _SCATTER_US else {},
+        anchors=dict.fromkeys(_SCATTER_PLACEMENTS, _SCATTER_US.get(num_procs)),
         goal=Goal(times=2.0) if num_procs in _SCATTER_US else None,
     )
 

@@ -109,6 +109,7 @@ class PingPong:
         self._wires = Wires()
         self._socket = self._wires.bind("PAIR", "pair")
         self._child = Child("echo", self._wires.address("pair"), *(["busy"] if busy else []))
+        self.pid = self._child.pid
         self._socket.recv()
 
     def times(self, count: int, *, pause_s: float = 0.0) -> list[float]:

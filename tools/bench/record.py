@@ -106,7 +106,11 @@ def _row_to_dict(row: Row, result: Result) -> dict[str, Any]:
 
 def _row_from_dict(fields: dict[str, Any]) -> tuple[Row, Result]:
     goal = fields["row"].pop("goal")
-    return Row(goal=None if goal is None else Goal(**goal), **fields["row"]), Result(**fields["result"])
+    result = fields["result"]
+    for name in ("samples", "limit", "base"):
+        result[name] = tuple(result[name])
+    result["beside"] = {label: tuple(taken) for label, taken in result["beside"].items()}
+    return Row(goal=None if goal is None else Goal(**goal), **fields["row"]), Result(**result)
 
 
 def _processor() -> str:

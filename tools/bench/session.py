@@ -96,7 +96,7 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
         subject.open()
         try:
             for measure in chosen:
-                _run_measure(lab, measure)
+                run_measure(lab, measure)
                 progress.advance(task)
             lab.clear()
         finally:
@@ -112,7 +112,7 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
     )
 
 
-def _run_measure(lab: Lab, measure: Measure) -> None:
+def run_measure(lab: Lab, measure: Measure) -> None:
     """Run one measure; what it raises becomes the result of the rows that it leaves open, and the others go on."""
     try:
         measure.run(lab)
