@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from ..runtime.actor import Actor, endpoint
+from ..runtime.collectives.groups import process_group
 from ..runtime.context import current_rank
-from ..runtime.groups import process_group
 from .checkpoints import newest_checkpoint
 from .replica import Replica, StepMetrics
 

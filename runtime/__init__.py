@@ -1,9 +1,25 @@
-"""Processes, meshes, actors, calls: everything a controller script imports, from here or from ``danaus`` itself."""
+"""Processes, meshes, actors, calls: everything a controller script imports, from here or from ``danaus`` itself.
 
-from .accumulator import Accumulator
+    actor, actor_mesh, mesh, context    what users write and hold
+    calls/          adverbs, futures, value meshes: how a call is made and answered
+    proc            a process's part in the runtime: its links, its actors, its I/O thread
+    runner, handler, invoke             an actor's thread, and one call after another on it
+    messages/       envelopes, pickles, shared memory, links, credits
+    shapes/         extents, regions, slices
+    host/           the agent, its zygotes, the processes that they fork
+    collectives/    torch process groups
+    controller, registry, log_printer   what the user's script runs beside itself
+"""
+
 from .actor import Actor, concurrent_endpoint, endpoint
 from .actor_mesh import ActorMesh, as_endpoint
-from .adverbs import Endpoint, send
+from .calls.accumulator import Accumulator
+from .calls.adverbs import Endpoint, send
+from .calls.future import Future
+from .calls.port import Channel, Port, PortReceiver
+from .calls.scatter import scatter
+from .calls.value_mesh import ValueMesh
+from .collectives.groups import device_mesh, process_group
 from .context import Context, context, current_actor_name, current_rank, current_size, shutdown_context
 from .errors import (
     ActorError,
@@ -19,14 +35,9 @@ from .errors import (
     SupervisionError,
 )
 from .failure import FailureKind, MeshFailure
-from .future import Future
-from .groups import device_mesh, process_group
 from .mesh import HostMesh, ProcMesh, this_host, this_proc
-from .port import Channel, Port, PortReceiver
 from .registry import get_or_spawn_controller
-from .scatter import scatter
-from .shape import Extent, Point, Region
-from .value_mesh import ValueMesh
+from .shapes.shape import Extent, Point, Region
 
 __all__ = [
     "Accumulator",

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from .adverbs import Endpoint, StreamingEndpoint
-    from .mesh_trait import MeshTrait
-    from .port import Port
+    from .calls.adverbs import Endpoint, StreamingEndpoint
+    from .calls.port import Port
+    from .shapes.mesh_trait import MeshTrait
 
     class _ActorHandle(MeshTrait):
         """What type checkers see of an actor mesh beside the endpoints: ``spawn`` returns a mesh typed as its actor."""

@@ -5,24 +5,24 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any, Final
 
-from . import wire
 from .actor import EndpointOptions, endpoints_of, spec_of
-from .adverbs import CallOptions, Endpoint
+from .calls.adverbs import CallOptions, Endpoint
+from .calls.replies import ask_all, gone_error
 from .context import current_instance, current_key, local_proc
 from .errors import MessageError
-from .mesh_trait import MeshTrait
-from .payload import dump
-from .replies import ask_all, gone_error
+from .messages import wire
+from .messages.payload import dump
+from .shapes.mesh_trait import MeshTrait
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .future import Future
-    from .link import Lane
+    from .calls.future import Future
     from .mesh import ProcMesh
+    from .messages.link import Lane
     from .proc import LocalProc
-    from .shape import Region
+    from .shapes.shape import Region
 
 
 class ActorMesh(MeshTrait):
@@ -124,13 +124,13 @@ class ActorMesh(MeshTrait):
 
     def process_group(self, *dims: str, backend: str | None = None, timeout: float = 60.0) -> ProcessGroup:
         """Return this rank's torch ProcessGroup along ``dims`` of this mesh; see :func:`danaus.process_group`."""
-        from .groups import process_group_of
+        from .collectives.groups import process_group_of
 
         return process_group_of(self, dims, backend=backend, timeout=timeout)
 
     def device_mesh(self, *dims: str, backend: str | None = None, timeout: float = 60.0) -> DeviceMesh:
         """Return a torch DeviceMesh over ``dims`` of this mesh; see :func:`danaus.device_mesh`."""
-        from .groups import device_mesh_of
+        from .collectives.groups import device_mesh_of
 
         return device_mesh_of(self, dims, backend=backend, timeout=timeout)
 

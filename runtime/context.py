@@ -6,14 +6,14 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from .future import Future
+from .calls.future import Future
 from .proc import ROOT
-from .shape import Extent, Point
+from .shapes.shape import Extent, Point
 
 if TYPE_CHECKING:
-    from . import wire
     from .actor_mesh import ActorMesh
     from .mesh import ProcMesh
+    from .messages import wire
     from .proc import LocalProc
 
 _log = logging.getLogger("danaus")

@@ -13,15 +13,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from . import interpreter, wire
 from .config import KEEP_LOG_DIRS, log_root, socket_root
 from .context import set_local_proc
 from .failure import FailureKind, MeshFailure
-from .link import Link
+from .host import interpreter
+from .host.proc_table import GRACE_AFTER_ERROR_S
 from .log_printer import LogPrinter
-from .payload import dump
+from .messages import wire
+from .messages.link import Link
+from .messages.payload import dump
 from .proc import AGENT, LocalProc
-from .proc_table import GRACE_AFTER_ERROR_S
 from .runner import ActorRunner
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Controller:
                 self.logs = _new_log_directory()
                 arguments = [self.directory, CONTROLLER, str(os.getpid()), self.host, self.logs]
                 self._agent = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    interpreter.command("danaus.runtime.agent", *arguments),
+                    interpreter.command("danaus.runtime.host.agent", *arguments),
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,
                 )
@@ -129,8 +130,8 @@ class Controller:
 
     def _on_unknown_actor(self, key: str) -> bool:
         """Make a built-in actor, the registry or a store, when it is first asked (I/O thread)."""
+        from .collectives.store import store_spawn
         from .registry import REGISTRY_KEY, registry
-        from .store import store_spawn
 
         spawn = store_spawn(key, CONTROLLER)
         if key == REGISTRY_KEY:

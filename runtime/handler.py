@@ -5,13 +5,13 @@ from __future__ import annotations
 from asyncio import CancelledError
 from typing import TYPE_CHECKING, Any
 
-from . import wire
 from .actor import EndpointOptions, EndpointSpec, spec_of
-from .attachment import Outgoing, load_body, size_of
+from .calls.port import Port
 from .context import ActorInstance, current_message
-from .credits import CreditDebt
 from .invoke import ActiveCall, dump_error, dump_value, where
-from .port import Port
+from .messages import wire
+from .messages.attachment import Outgoing, load_body, size_of
+from .messages.credits import CreditDebt
 
 if TYPE_CHECKING:
     from queue import SimpleQueue

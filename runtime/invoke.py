@@ -7,14 +7,14 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .payload import Payload, dump
+from .messages.payload import Payload, dump
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from . import wire
     from .context import ActorInstance
+    from .messages import wire
 
 ITEM_WINDOW: Final = 64
 """Items that a generator may be ahead of its caller."""

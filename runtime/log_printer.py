@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import Any
 
-from .logs import Aggregator, LogOutput
+from .host.logs import Aggregator, LogOutput
 
 
 class LogPrinter:

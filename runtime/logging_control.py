@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from . import wire
 from .context import local_proc
+from .messages import wire
 
 if TYPE_CHECKING:
     from .mesh import ProcMesh

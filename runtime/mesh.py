@@ -8,17 +8,17 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from . import wire
 from .actor import endpoints_of, signature_check
 from .actor_mesh import spawn_actors
+from .calls.future import Future
+from .calls.replies import ask_all
 from .context import current_instance, local_proc
-from .credits import DEFAULT_MAILBOX
-from .future import Future
-from .mesh_trait import MeshTrait
+from .host.proc_table import GRACE_AFTER_ERROR_S, GRACE_S
+from .messages import wire
+from .messages.credits import DEFAULT_MAILBOX
 from .proc import ROOT, LocalProc
-from .proc_table import GRACE_AFTER_ERROR_S, GRACE_S
-from .replies import ask_all
-from .shape import Extent, Region
+from .shapes.mesh_trait import MeshTrait
+from .shapes.shape import Extent, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +73,7 @@ class HostMesh(MeshTrait):
         local = local_proc()
         mesh_id = f"{_slug(name)}-{secrets.token_hex(3)}"
         procs = ProcMesh(mesh_id, name, extent.region, hosts=self._hosts)
-        from .boot import make_plan
+        from .host.boot import make_plan
 
         plan = make_plan(
             local,

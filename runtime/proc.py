@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import zmq
 
-from . import wire
-from .attachment import Attachments, Outgoing, size_of
 from .failure import MeshFailure, pack_failure, unpack_failure
-from .link import MULTIPART, Lane, Link
-from .payload import Payload, dump
+from .messages import wire
+from .messages.attachment import Attachments, Outgoing, size_of
+from .messages.link import MULTIPART, Lane, Link
+from .messages.payload import Payload, dump
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from .attachment import Incoming
+    from .messages.attachment import Incoming
     from .runner import ActorRunner
 
 AGENT: Final = "agent"

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from .actor import Actor, endpoint
 from .actor_mesh import ActorMesh
-from .credits import DEFAULT_MAILBOX
 from .mesh import ProcMesh, this_proc
-from .shape import Region
+from .messages.credits import DEFAULT_MAILBOX
+from .shapes.shape import Region
 
 if TYPE_CHECKING:
-    from .future import Future
+    from .calls.future import Future
 
     A = TypeVar("A", bound=Actor)
 else:

@@ -21,14 +21,14 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
-from . import wire
-from .attachment import load_body
+from .calls.future import call_soon
+from .collectives.groups import end_groups
 from .context import ActorInstance, bind_instance
 from .failure import FailureKind, MeshFailure, pack_failure
-from .future import call_soon
-from .groups import end_groups
 from .handler import CallHandler, Fatal
 from .invoke import hidden_loop, local_traceback
+from .messages import wire
+from .messages.attachment import load_body
 from .proc import NONE
 
 if TYPE_CHECKING:

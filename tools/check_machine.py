@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.admission import Limits, Need, Resource, max_procs, read_limits
+from ..runtime.host.admission import Limits, Need, Resource, max_procs, read_limits
 from .check import Check, Status
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.devices import GpuInventory, read_gpus
+from ..runtime.host.devices import GpuInventory, read_gpus
 from .check import Check, Status
 
 if TYPE_CHECKING:

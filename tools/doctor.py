@@ -9,7 +9,7 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ..runtime.devices import read_gpus
+from ..runtime.host.devices import read_gpus
 from .check import Check, Status, render
 from .check_machine import check_machine
 from .check_network import check_network

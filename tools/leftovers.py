@@ -44,7 +44,7 @@ class Process:
             return True
         # Zygotes and procs are forked from the agent and share its command line, but have names of their own.
         program = os.path.basename(self.command.partition(" ")[0])
-        return "danaus.runtime.agent" in self.command and program.startswith(self.name)
+        return "danaus.runtime.host.agent" in self.command and program.startswith(self.name)
 
     def __str__(self) -> str:
         return f"process {self.pid} {self.name!r}, child of {self.parent}: {self.command or '(no command line)'}"

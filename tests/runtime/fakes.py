@@ -6,13 +6,13 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
-from danaus.runtime import wire
-from danaus.runtime.attachment import Outgoing
+from danaus.runtime.calls.replies import Call
 from danaus.runtime.failure import FailureKind, MeshFailure
 from danaus.runtime.invoke import dump_error
-from danaus.runtime.link import Lane
-from danaus.runtime.payload import dump, load
-from danaus.runtime.replies import Call
+from danaus.runtime.messages import wire
+from danaus.runtime.messages.attachment import Outgoing
+from danaus.runtime.messages.link import Lane
+from danaus.runtime.messages.payload import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from danaus.runtime.admission import (
+from danaus.runtime.host.admission import (
     AdmissionError,
     Bound,
     Limits,

@@ -11,20 +11,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from danaus import Actor, as_endpoint, concurrent_endpoint, endpoint, scatter
-from danaus.runtime import wire
 from danaus.runtime.actor import EndpointKind, endpoints_of, reserved_names
 from danaus.runtime.actor_mesh import ActorMesh
-from danaus.runtime.caller import CallOptions
-from danaus.runtime.choice import pick
+from danaus.runtime.calls.caller import CallOptions
+from danaus.runtime.calls.choice import pick
+from danaus.runtime.calls.reduction import reducer
+from danaus.runtime.calls.scatter import scattered
+from danaus.runtime.calls.value_mesh import ValueMesh
 from danaus.runtime.context import set_local_proc
 from danaus.runtime.errors import CallTimeoutError, MessageError, SupervisionError
 from danaus.runtime.failure import FailureKind, MeshFailure
-from danaus.runtime.link import Lane
 from danaus.runtime.mesh import ProcMesh
-from danaus.runtime.reduction import reducer
-from danaus.runtime.scatter import scattered
-from danaus.runtime.shape import Extent, Region
-from danaus.runtime.value_mesh import ValueMesh
+from danaus.runtime.messages import wire
+from danaus.runtime.messages.link import Lane
+from danaus.runtime.shapes.shape import Extent, Region
 
 from .fakes import FakeLink, FakeProc
 

@@ -14,9 +14,9 @@ import cloudpickle
 import msgpack
 import pytest
 
-from danaus.runtime import wire
-from danaus.runtime.boot import BootPlan, make_plan, read_boot_file
 from danaus.runtime.errors import AdmissionError
+from danaus.runtime.host.boot import BootPlan, make_plan, read_boot_file
+from danaus.runtime.messages import wire
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1023,7 +1023,7 @@ def test_threads_of_the_controller_call_side_by_side(workers: Worker) -> None:
 
 
 def test_unknown_endpoint_on_the_other_side_is_an_error_of_that_call(one: Worker) -> None:
-    from danaus.runtime.adverbs import Endpoint
+    from danaus.runtime.calls.adverbs import Endpoint
 
     forged = Endpoint(one, replace(one.note._spec, name="gone"), one.note._options)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from danaus.runtime.cpus import Binding, Topology, partition_cpus, read_topology, resolve_bindings
+from danaus.runtime.host.cpus import Binding, Topology, partition_cpus, read_topology, resolve_bindings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ TWO_NODES = Topology({0: (0, 1, 2, 3), 1: (4, 5, 6, 7), 2: ()})
 
 BIND = """
 import os, sys
-from danaus.runtime.cpus import Binding, apply_binding
+from danaus.runtime.host.cpus import Binding, apply_binding
 cpu = min(os.sched_getaffinity(0))
 problem = apply_binding(Binding(frozenset({cpu}), frozenset({0})))
 assert os.sched_getaffinity(0) == {cpu}

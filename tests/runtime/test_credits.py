@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from danaus.runtime.credits import DEFAULT_MAILBOX_BYTES, CreditAccount, CreditDebt
+from danaus.runtime.messages.credits import DEFAULT_MAILBOX_BYTES, CreditAccount, CreditDebt
 
 # A busy machine is no reason to fail.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

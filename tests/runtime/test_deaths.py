@@ -455,7 +455,9 @@ def children_of(pid: int) -> dict[int, str]:
 
 def agent_pid() -> int:
     found = [
-        pid for pid in children_of(os.getpid()) if b"danaus.runtime.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        pid
+        for pid in children_of(os.getpid())
+        if b"danaus.runtime.host.agent" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(found) == 1, found
     return found[0]

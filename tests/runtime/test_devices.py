@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from danaus.runtime.devices import (
+from danaus.runtime.host.devices import (
     Device,
     DeviceLeases,
     Gpu,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import danaus
-from danaus.runtime import errors, wire
-from danaus.runtime.attachment import load_body
+from danaus.runtime import errors
+from danaus.runtime.calls.replies import load_reply
 from danaus.runtime.errors import (
     ActorError,
     AdmissionError,
@@ -30,7 +30,8 @@ from danaus.runtime.errors import (
 )
 from danaus.runtime.failure import FailureKind, MeshFailure, pack_failure, unpack_failure
 from danaus.runtime.invoke import dump_error, local_traceback
-from danaus.runtime.replies import load_reply
+from danaus.runtime.messages import wire
+from danaus.runtime.messages.attachment import load_body
 
 REMOTE = 'Traceback (most recent call last):\n  File "job.py", line 3, in step\nValueError: too large\n'
 KILLED = MeshFailure(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from danaus.runtime.calls.future import Future
 from danaus.runtime.errors import CallCancelledError
-from danaus.runtime.future import Future
 
 if TYPE_CHECKING:
     from collections.abc import Callable

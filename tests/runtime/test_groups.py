@@ -32,8 +32,8 @@ from danaus import (  # noqa: E402
     this_host,
     this_proc,
 )
-from danaus.runtime.groups import ranks_along  # noqa: E402
-from danaus.runtime.store import Formed, Membership, NotFormed, RollCall, Space  # noqa: E402
+from danaus.runtime.collectives.groups import ranks_along  # noqa: E402
+from danaus.runtime.collectives.store import Formed, Membership, NotFormed, RollCall, Space  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -480,7 +480,7 @@ def test_a_default_group_of_the_users_own_has_to_have_the_ranks_of_the_mesh() ->
 
 
 def use_store() -> list[Any]:
-    from danaus.runtime.c10d import RuntimeStore
+    from danaus.runtime.collectives.c10d import RuntimeStore
 
     store = RuntimeStore(context().actor_instance.proc_id, "test", timeout_s=5.0)
     prefixed = dist.PrefixStore("p", store)
@@ -505,7 +505,7 @@ def test_the_store_keeps_the_rules_of_torchs_own(square: Any) -> None:
 
 def test_a_key_that_nobody_sets_is_an_error_within_the_stores_limit(square: Any) -> None:
     def wait_in_vain() -> tuple[str, str]:
-        from danaus.runtime.c10d import RuntimeStore
+        from danaus.runtime.collectives.c10d import RuntimeStore
 
         store = RuntimeStore(context().actor_instance.proc_id, "vain", timeout_s=0.05)
         with pytest.raises(dist.DistStoreError) as got:
@@ -556,9 +556,9 @@ def test_outside_of_an_actor_the_error_says_where_to_call() -> None:
 
 
 def test_without_torch_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from danaus.runtime import groups
+    from danaus.runtime.collectives import groups
 
-    monkeypatch.delitem(sys.modules, "danaus.runtime.c10d", raising=False)
+    monkeypatch.delitem(sys.modules, "danaus.runtime.collectives.c10d", raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
 
     with pytest.raises(ImportError, match=r"pip install 'danaus\[torch\]'"):
@@ -645,7 +645,7 @@ def test_a_member_that_dies_before_the_group_is_formed_is_named_at_once(victim: 
 
 def test_a_store_whose_proc_dies_fails_those_who_wait_in_it() -> None:
     def wait_for_key(proc_id: str) -> str:
-        from danaus.runtime.c10d import RuntimeStore
+        from danaus.runtime.collectives.c10d import RuntimeStore
 
         store = RuntimeStore(proc_id, "doomed", timeout_s=LIMIT_S)
         with pytest.raises(dist.DistStoreError) as failed:

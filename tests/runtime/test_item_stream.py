@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from danaus.runtime import wire
+from danaus.runtime.calls.item_stream import ItemStream, open_stream
+from danaus.runtime.calls.lockstep import LockstepStream
+from danaus.runtime.calls.value_mesh import ValueMesh
 from danaus.runtime.errors import ActorError, CallTimeoutError, MessageError, SupervisionError
 from danaus.runtime.invoke import ITEM_WINDOW
-from danaus.runtime.item_stream import ItemStream, open_stream
-from danaus.runtime.lockstep import LockstepStream
-from danaus.runtime.shape import Extent
-from danaus.runtime.value_mesh import ValueMesh
+from danaus.runtime.messages import wire
+from danaus.runtime.shapes.shape import Extent
 
 from .fakes import Fed
 

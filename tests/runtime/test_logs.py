@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from danaus.runtime.log_files import LogFiles
-from danaus.runtime.logs import Aggregator, LineSplitter, LogOutput, Stream, Tail, format_ranks
+from danaus.runtime.host.log_files import LogFiles
+from danaus.runtime.host.logs import Aggregator, LineSplitter, LogOutput, Stream, Tail, format_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from danaus.runtime import mesh_trait
-from danaus.runtime.mesh_trait import MeshTrait
-from danaus.runtime.shape import Extent, Region
+from danaus.runtime.shapes import mesh_trait
+from danaus.runtime.shapes.mesh_trait import MeshTrait
+from danaus.runtime.shapes.shape import Extent, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from danaus.runtime.payload import IN_BAND_BYTES, Payload, dump, dump_plain, is_plain_tuple, load
+from danaus.runtime.messages.payload import IN_BAND_BYTES, Payload, dump, dump_plain, is_plain_tuple, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,7 +153,7 @@ def test_a_local_subclass_of_a_plain_type_arrives() -> None:
 def test_functions_and_classes_of_main_are_loaded_by_a_process_that_has_not_their_file() -> None:
     script = """
 import sys
-from danaus.runtime.payload import dump
+from danaus.runtime.messages.payload import dump
 class Point:
     def __init__(self, x): self.x = x
 def shift(point): return Point(point.x + 1)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from danaus.runtime.failure import FailureKind, MeshFailure
-from danaus.runtime.proc_table import (
+from danaus.runtime.host.proc_table import (
     GRACE_S,
     TERM_S,
     AskStop,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from danaus.runtime import wire
-from danaus.runtime.attachment import Outgoing
+from danaus.runtime.calls.reduction import reducer
+from danaus.runtime.calls.replies import Arrivals, Gather, OneReply, ask_all
 from danaus.runtime.context import set_local_proc
 from danaus.runtime.errors import (
     ActorError,
@@ -21,11 +21,11 @@ from danaus.runtime.errors import (
     SupervisionError,
 )
 from danaus.runtime.failure import FailureKind, MeshFailure, pack_failure
-from danaus.runtime.link import Lane
-from danaus.runtime.payload import dump
-from danaus.runtime.reduction import reducer
-from danaus.runtime.replies import Arrivals, Gather, OneReply, ask_all
-from danaus.runtime.shape import Extent
+from danaus.runtime.messages import wire
+from danaus.runtime.messages.attachment import Outgoing
+from danaus.runtime.messages.link import Lane
+from danaus.runtime.messages.payload import dump
+from danaus.runtime.shapes.shape import Extent
 
 from .fakes import SIZE_BYTES, FakeLink, FakeProc, Fed, ranks
 

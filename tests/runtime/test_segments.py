@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from danaus.runtime.segments import (
+from danaus.runtime.messages.segments import (
     ALIGNMENT_BYTES,
     MIN_SEGMENT_BYTES,
     SegmentCache,
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not segments_available(), reason=str(segments_un
 # Opens each ref that it is sent, and answers with what it read and with the leases that came back after that.
 RECEIVER = """
 import collections, json, sys
-from danaus.runtime.segments import SegmentCache, SegmentRef
+from danaus.runtime.messages.segments import SegmentCache, SegmentRef
 released = collections.deque()
 cache = SegmentCache(released.append)
 for line in sys.stdin:
@@ -49,7 +49,7 @@ for line in sys.stdin:
 # Sends one ref and waits for its end.
 SENDER = """
 import json, sys
-from danaus.runtime.segments import SegmentPool
+from danaus.runtime.messages.segments import SegmentPool
 print(json.dumps(SegmentPool(max_bytes=1 << 20).copy_in([b"last words"], holders=["x"]).pack()), flush=True)
 sys.stdin.read()
 """
@@ -57,7 +57,7 @@ sys.stdin.read()
 # A child forked while a lease is held: neither end may act for its parent.
 FORK = """
 import collections, os
-from danaus.runtime.segments import SegmentCache, SegmentPool
+from danaus.runtime.messages.segments import SegmentCache, SegmentPool
 pool, released = SegmentPool(max_bytes=1 << 30), collections.deque()
 cache = SegmentCache(released.append)
 ref = pool.copy_in([b"parent"], holders=["x"])

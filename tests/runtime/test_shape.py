@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from danaus.runtime import shape
-from danaus.runtime.shape import Extent, Point, Region
+from danaus.runtime.shapes import shape
+from danaus.runtime.shapes.shape import Extent, Point, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from danaus.runtime import buffers
-from danaus.runtime.payload import IN_BAND_BYTES, dump, is_borrowing, load
+from danaus.runtime.messages import buffers
+from danaus.runtime.messages.payload import IN_BAND_BYTES, dump, is_borrowing, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable

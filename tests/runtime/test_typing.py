@@ -9,7 +9,7 @@ from danaus import Actor, Future, ValueMesh, concurrent_endpoint, endpoint, scat
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from danaus.runtime.item_stream import ItemStream
+    from danaus.runtime.calls.item_stream import ItemStream
 
 
 class Typed(Actor):

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from danaus.runtime.shape import Extent
-from danaus.runtime.value_mesh import ValueMesh
+from danaus.runtime.calls.value_mesh import ValueMesh
+from danaus.runtime.shapes.shape import Extent
 
 # A busy machine is no reason to fail.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

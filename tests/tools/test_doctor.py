@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from danaus.runtime.admission import Bound, Limits, Resource
-from danaus.runtime.devices import Gpu, GpuInventory
+from danaus.runtime.host.admission import Bound, Limits, Resource
+from danaus.runtime.host.devices import Gpu, GpuInventory
 from danaus.tools import check_machine, check_network, check_software, doctor
 from danaus.tools.check import Check, Status, render
 

@@ -15,7 +15,7 @@ from danaus.tools.leftovers import File, Process, Snapshot, Thread, take_snapsho
 if TYPE_CHECKING:
     from pathlib import Path
 
-COMMAND = "/usr/bin/python3 -c from danaus.runtime.agent import main"
+COMMAND = "/usr/bin/python3 -c from danaus.runtime.host.agent import main"
 AGENT = Process(10, 1, 1, "python3", COMMAND)
 ZYGOTE = Process(11, 1, 10, "danaus-zyg-12ab", COMMAND)
 PROC = Process(12, 1, 10, "w-1.0", COMMAND)

@@ -98,9 +98,12 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
             for measure in chosen:
                 run_measure(lab, measure)
                 progress.advance(task)
-            lab.clear()
+        except KeyboardInterrupt:
+            console.print("interrupted; what has been measured follows")
         finally:
-            subject.close()
+            say("ending")
+            lab.forget()
+            _close(subject, console)
     rows = [(row, lab.results[row.name]) for measure in chosen for row in measure.rows if row.name in lab.results]
     return record.Record(
         subject=subject.name,
@@ -110,6 +113,15 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
         versions=record.describe_versions(),
         rows=rows,
     )
+
+
+def _close(subject: Subject, console: Console) -> None:
+    try:
+        subject.close()
+    except Exception as error:  # noqa: BLE001  the figures must not be lost with it
+        console.print(
+            f"{subject.name} did not end well: {type(error).__name__}: {error}", highlight=False, markup=False
+        )
 
 
 def run_measure(lab: Lab, measure: Measure) -> None:

@@ -8,16 +8,16 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from . import wire
-from .context import local_proc
+from ..context import local_proc
+from ..invoke import dump_error, dump_value
+from ..messages import wire
 from .future import Future
-from .invoke import dump_error, dump_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .attachment import Incoming
-    from .failure import MeshFailure
+    from ..failure import MeshFailure
+    from ..messages.attachment import Incoming
 
 T = TypeVar("T")
 

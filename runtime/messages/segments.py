@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .admission import available_memory_bytes
+from ..host.admission import available_memory_bytes
 from .segment_cache import CacheStats, SegmentCache
 from .segment_memory import (
     MIN_SEGMENT_BYTES,

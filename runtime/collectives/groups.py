@@ -14,9 +14,9 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .context import current_instance
-from .dimensions import unknown
-from .errors import ActorError, CallTimeoutError, SupervisionError
+from ..context import current_instance
+from ..errors import ActorError, CallTimeoutError, SupervisionError
+from ..shapes.dimensions import unknown
 from .store import Formed, Membership, NotFormed, space_name, store_in
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .actor_mesh import ActorMesh
-    from .context import ActorInstance
-    from .shape import Region
+    from ..actor_mesh import ActorMesh
+    from ..context import ActorInstance
+    from ..shapes.shape import Region
 
 _log = logging.getLogger("danaus")
 

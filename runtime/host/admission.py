@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import AdmissionError
+from ..errors import AdmissionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

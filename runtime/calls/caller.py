@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import wire
-from .context import current_key
-from .errors import CallTimeoutError, MailboxFull, MessageError
+from ..context import current_key
+from ..errors import CallTimeoutError, MailboxFull, MessageError
+from ..messages import wire
+from ..messages.payload import Payload, dump
 from .future import in_event_loop
-from .payload import Payload, dump
 from .reduction import reducer
 from .replies import Call, gone_error
 from .scatter import Scatter, scattered
@@ -20,11 +20,11 @@ from .scatter import Scatter, scattered
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .actor import EndpointSpec
-    from .actor_mesh import ActorMesh
-    from .attachment import Outgoing
-    from .link import Lane
-    from .proc import LocalProc
+    from ..actor import EndpointSpec
+    from ..actor_mesh import ActorMesh
+    from ..messages.attachment import Outgoing
+    from ..messages.link import Lane
+    from ..proc import LocalProc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,7 @@ class Zygotes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if key == _SEED:
             # The first seed was a fork of the agent before it had threads; a later one has to start from nothing.
-            command = interpreter.command("danaus.runtime.zygote", str(theirs.fileno()), str(os.getpid()))
+            command = interpreter.command("danaus.runtime.host.zygote", str(theirs.fileno()), str(os.getpid()))
             subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  ourselves
         else:
             seed = self._zygotes.get(_SEED) or self._make(_SEED, [], {}, sys_path)

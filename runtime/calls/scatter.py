@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .shape import Extent
+    from ..shapes.shape import Extent
     from .value_mesh import ValueMesh
 
 T = TypeVar("T")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
 
-from . import wire
-from .attachment import BODY_APART_BYTES
+from ..context import current_instance, current_key, local_proc
+from ..messages import wire
+from ..messages.attachment import BODY_APART_BYTES
+from ..messages.payload import dump_plain, is_plain_tuple
 from .caller import Caller, CallOptions
 from .choice import pick
-from .context import current_instance, current_key, local_proc
 from .item_stream import ItemStream, open_stream
 from .lockstep import LockstepStream
-from .payload import dump_plain, is_plain_tuple
 from .reduction import reducer
 from .replies import Arrivals, Call, Gather, OneReply
 from .scatter import scattered
@@ -19,10 +19,10 @@ from .scatter import scattered
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .actor_mesh import ActorMesh
+    from ..actor_mesh import ActorMesh
+    from ..messages.link import Lane
+    from ..proc import LocalProc
     from .future import Future
-    from .link import Lane
-    from .proc import LocalProc
     from .value_mesh import ValueMesh
 
 P = ParamSpec("P")

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from . import wire
+from ..failure import FailureKind, pack_failure
+from ..messages import wire
+from ..messages.link import MULTIPART, Link
+from ..proc import AGENT
 from .devices import DeviceLeases, device_env, read_gpus, usable_devices
-from .failure import FailureKind, pack_failure
 from .kernel import adopt_orphans
-from .link import MULTIPART, Link
 from .log_files import LogFiles
 from .logs import LineSplitter, Tail
-from .proc import AGENT
 from .proc_table import GRACE_AFTER_ERROR_S, AskStop, Command, ProcTable, TellGone, TellUp
 from .zygotes import Zygotes
 

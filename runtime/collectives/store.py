@@ -17,20 +17,20 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from . import wire
-from .actor import Actor, concurrent_endpoint
-from .actor_mesh import ActorMesh
-from .context import context
-from .credits import DEFAULT_MAILBOX
-from .future import call_soon
-from .mesh import ProcMesh
-from .payload import dump
-from .shape import Region
+from ..actor import Actor, concurrent_endpoint
+from ..actor_mesh import ActorMesh
+from ..calls.future import call_soon
+from ..context import context
+from ..mesh import ProcMesh
+from ..messages import wire
+from ..messages.credits import DEFAULT_MAILBOX
+from ..messages.payload import dump
+from ..shapes.shape import Region
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .failure import MeshFailure
+    from ..failure import MeshFailure
 
 STORE_KEY: Final = "@store"
 

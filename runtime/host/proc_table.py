@@ -14,7 +14,7 @@ from enum import Enum, auto
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
-from .failure import FailureKind, MeshFailure
+from ..failure import FailureKind, MeshFailure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

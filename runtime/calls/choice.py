@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
-    from .link import Lane
+    from ..messages.link import Lane
 
 
 def pick(lanes: Sequence[Lane], gone: Container[str], session: object = None) -> Lane:

@@ -7,18 +7,18 @@ from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from . import wire
-from .errors import CallTimeoutError
+from ..errors import CallTimeoutError
+from ..invoke import ITEM_WINDOW
+from ..messages import wire
 from .future import call_soon, refuse_inside_loop
-from .invoke import ITEM_WINDOW
 from .replies import Call, gone_error, load_reply, raise_error
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-    from .attachment import Incoming
-    from .failure import MeshFailure
+    from ..failure import MeshFailure
+    from ..messages.attachment import Incoming
 
 R = TypeVar("R")
 _MORE_AT: Final = ITEM_WINDOW // 2

@@ -22,7 +22,7 @@ from .cpus import read_topology, resolve_bindings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from .proc import LocalProc
+    from ..proc import LocalProc
 
 _THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PRELOADED_BY_DEFAULT: Final = ("numpy", "torch")

@@ -23,14 +23,14 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from .context import is_running, local_proc
-from .errors import ActorError, DanausError
+from ..context import is_running, local_proc
+from ..errors import ActorError, DanausError
 from .store import store_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .future import Future
+    from ..calls.future import Future
 
 LOOPBACK: Final = "127.0.0.1"
 BOTH: Final = "cpu:gloo,cuda:nccl"

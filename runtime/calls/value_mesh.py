@@ -6,8 +6,8 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .mesh_trait import MeshTrait
-from .shape import Extent, Point, Region
+from ..shapes.mesh_trait import MeshTrait
+from ..shapes.shape import Extent, Point, Region
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -10,8 +10,8 @@ from .value_mesh import ValueMesh
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
+    from ..shapes.shape import Extent
     from .item_stream import ItemStream
-    from .shape import Extent
 
 R = TypeVar("R")
 

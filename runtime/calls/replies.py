@@ -9,21 +9,21 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from . import wire
-from .attachment import Incoming, load_body
-from .context import local_proc
-from .errors import ActorError, CallTimeoutError, DanausError, MessageError, StoppedError, SupervisionError
-from .failure import FailureKind, MeshFailure, unpack_failure
+from ..context import local_proc
+from ..errors import ActorError, CallTimeoutError, DanausError, MessageError, StoppedError, SupervisionError
+from ..failure import FailureKind, MeshFailure, unpack_failure
+from ..messages import wire
+from ..messages.attachment import Incoming, load_body
 from .future import Future
 from .value_mesh import ValueMesh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .attachment import Outgoing
-    from .link import Lane
-    from .proc import LocalProc
-    from .shape import Region
+    from ..messages.attachment import Outgoing
+    from ..messages.link import Lane
+    from ..proc import LocalProc
+    from ..shapes.shape import Region
 
 R = TypeVar("R")
 

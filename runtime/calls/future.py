@@ -11,7 +11,7 @@ import threading
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from .errors import CallCancelledError
+from ..errors import CallCancelledError
 
 if TYPE_CHECKING:
     import asyncio

@@ -21,20 +21,20 @@ import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from ..collectives.store import store_spawn
+from ..context import ActorInstance, bind_instance, set_local_proc
+from ..failure import FailureKind
+from ..invoke import local_traceback
+from ..proc import AGENT, ROOT, LocalProc
+from ..runner import ActorRunner
 from .boot import read_boot_file
-from .context import ActorInstance, bind_instance, set_local_proc
 from .cpus import Binding, apply_binding
-from .failure import FailureKind
-from .invoke import local_traceback
 from .kernel import set_process_name
-from .proc import AGENT, ROOT, LocalProc
-from .runner import ActorRunner
-from .store import store_spawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from . import wire
+    from ..messages import wire
 
 STOP_LIMIT_S: Final = 3.5
 """Time that all actors of a proc together have for their cleanup."""

@@ -1,0 +1,1 @@
+"""How an endpoint is called and what comes back: adverbs, futures, streams, value meshes, ports."""

@@ -1,0 +1,1 @@
+"""Extents, points, regions, and the trait that every mesh shares: named dimensions and strided views. Pure."""
