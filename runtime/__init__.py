@@ -1,14 +1,14 @@
 """Processes, meshes, actors, calls: everything a controller script imports, from here or from ``danaus`` itself.
 
-    actor, actor_mesh, mesh, context    what users write and hold
-    calls/          adverbs, futures, value meshes: how a call is made and answered
-    proc            a process's part in the runtime: its links, its actors, its I/O thread
-    runner, handler, invoke             an actor's thread, and one call after another on it
-    messages/       envelopes, pickles, shared memory, links, credits
-    shapes/         extents, regions, slices
-    host/           the agent, its zygotes, the processes that they fork
-    collectives/    torch process groups
-    controller, registry, log_printer   what the user's script runs beside itself
+actor, actor_mesh, mesh, context    what users write and hold
+calls/          adverbs, futures, value meshes: how a call is made and answered
+proc            a process's part in the runtime: its links, its actors, its I/O thread
+runner, handler, invoke             an actor's thread, and one call after another on it
+messages/       envelopes, pickles, shared memory, links, credits
+shapes/         extents, regions, slices
+host/           the agent, its zygotes, the processes that they fork
+collectives/    torch process groups
+controller, registry, log_printer   what the user's script runs beside itself
 """
 
 from .actor import Actor, concurrent_endpoint, endpoint

@@ -124,6 +124,8 @@ class OneReply(Future[R]):
         """Take the reply (I/O thread)."""
         call = self.call
         if call.implied_credit:
+            # A cancellation on its way gives nothing back a second time.
+            call.implied_credit = False
             call.lanes[0].give_back(1, call.size_bytes)
         self._resolve(partial(load_reply, call.endpoint, status, body, incoming))
         return True
@@ -134,8 +136,10 @@ class OneReply(Future[R]):
 
     def on_timeout(self, timeout_s: float) -> None:
         """Fail and call it off (I/O thread)."""
-        if self._reject(CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))):
+        if not self.done():
+            # Called off before the caller hears of it: what the caller does next comes after it at the actor.
             self._on_cancelled()
+            self._reject(CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,)))
 
     def _on_cancelled(self) -> None:
         self.call.forget()
@@ -178,8 +182,9 @@ class Gather:
         self.loads[slot] = load
         self.missing -= 1
         if not succeeded and self.fails_fast:
-            if self.future._resolve(load):
+            if not self.future.done():
                 self.call.cancel_slots(self.missing_slots())
+                self.future._resolve(load)
             return True
         if self.missing == 0:
             self.future._resolve(self._collect)
@@ -200,9 +205,10 @@ class Gather:
         """Fail and call off the ranks that have not answered (I/O thread)."""
         slots = self.missing_slots()
         names = tuple(self.call.lanes[slot].name for slot in slots)
-        if self.future._reject(CallTimeoutError(self.call.endpoint, timeout_s, names)):
+        if not self.future.done():
             self.call.forget()
             self.call.cancel_slots(slots)
+            self.future._reject(CallTimeoutError(self.call.endpoint, timeout_s, names))
 
 
 class _GatherFuture(Future[Any]):

@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark with the given arguments; return the exit code.
 
     0: measured, whatever the verdicts. 1: a measure failed, or ``--compare`` found a regression. 2: cannot start.
+    130: interrupted; what had been measured is printed and written.
     """
     options = _parse(argv)
     try:

@@ -585,4 +585,6 @@ def closing_all(*limits: Any) -> Generator[None]:
 
 if __name__ == "__main__":
     _die_with_parent()
+    # Ctrl-C reaches the whole group; the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _ROLES[sys.argv[1]](*sys.argv[2:])

@@ -80,7 +80,8 @@ def _sweep(way: str, kind: str, own_sums: Callable[[Group, str, int, int], list[
             _run_size(lab, rows[size], size)
 
     def _run_size(lab: Lab, row: Row, size: int) -> None:
-        group, count = lab.group(1, torch=True), max(1, min(50, 64 * MIB // size // 8))
+        group = lab.group(1, torch=True)
+        count = max(3 if lab.effort.thorough else 1, min(50, 8 * MIB // size))
         lab.say(row.title)
         move = _mover(group, way, kind, size)
         segment = limits.Segment(size)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .rows import Row
 
 _WIDTH_IN_A_FILE: Final = 130
+_INTERRUPTED: Final = 130
 # Memory first, before this process has imported what the payloads need.
 MEASURES: Final[tuple[Measure, ...]] = tuple(
     itertools.chain.from_iterable(
@@ -48,13 +49,13 @@ def run(options: argparse.Namespace) -> int:
             console.print(f"{measure.name}: {', '.join(row.title for row in measure.rows)}", highlight=False)
         return 0
     old = None if options.compare is None else record.read(options.compare)
-    new = _measure(_subject(options.peer), chosen, console, quick=options.quick)
+    new, interrupted = _measure(_subject(options.peer), chosen, console, quick=options.quick)
     if options.json is not None:
         options.json.write_text(record.to_json(new))
     _print(console, new)
     failed = any(judge(row, result).verdict is Verdict.FAILED for row, result in new.rows)
     worse = old is not None and _print_regressions(console, old, new)
-    return 1 if failed or worse else 0
+    return _INTERRUPTED if interrupted else 1 if failed or worse else 0
 
 
 def choose(measures: Sequence[Measure], only: Sequence[str], *, large: bool) -> list[Measure]:
@@ -81,7 +82,9 @@ def _subject(peer: str | None) -> Subject:
     return Danaus()
 
 
-def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, quick: bool) -> Record:
+def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, quick: bool) -> tuple[Record, bool]:
+    """Return the record, and whether Ctrl-C cut it short."""
+    interrupted = False
     effort = QUICK if quick else FULL
     machine = record.describe_machine()
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
@@ -99,13 +102,14 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
                 run_measure(lab, measure)
                 progress.advance(task)
         except KeyboardInterrupt:
+            interrupted = True
             console.print("interrupted; what has been measured follows")
         finally:
             say("ending")
             lab.forget()
             _close(subject, console)
     rows = [(row, lab.results[row.name]) for measure in chosen for row in measure.rows if row.name in lab.results]
-    return record.Record(
+    new = record.Record(
         subject=subject.name,
         date=record.now(),
         effort=effort.name,
@@ -113,6 +117,7 @@ def _measure(subject: Subject, chosen: Sequence[Measure], console: Console, *, q
         versions=record.describe_versions(),
         rows=rows,
     )
+    return new, interrupted
 
 
 def _close(subject: Subject, console: Console) -> None:
