@@ -91,6 +91,7 @@ class EndpointSpec:
     """Takes the call's arguments and raises TypeError where they do not fit the signature."""
     parameters: frozenset[str]
     is_stream: bool
+    needs_loop: bool
 
     def __str__(self) -> str:
         return f"{self.owner}.{self.name}"
@@ -225,6 +226,7 @@ def spec_of(actor_class: type, name: str, function: Any, options: EndpointOption
         signature_check(qualified, parameters),
         frozenset(parameter.name for parameter in parameters),
         kind_of(function).is_stream,
+        kind_of(function).needs_loop,
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from asyncio import CancelledError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .actor import EndpointOptions, EndpointSpec, spec_of
 from .calls.port import Port
 from .context import ActorInstance, current_message
-from .invoke import ActiveCall, dump_error, dump_value, where
+from .invoke import ActiveCall, GeneratorCall, dump_error, dump_value, where
 from .messages import wire
 from .messages.attachment import Outgoing, load_body, size_of
 from .messages.credits import CreditDebt
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .actor_mesh import ActorMesh
     from .proc import LocalProc
 
+AnyCall = TypeVar("AnyCall", bound=ActiveCall)
 _NO_VALUE = Outgoing(None)
 
 
@@ -162,10 +163,10 @@ class CallHandler:
         elif self._proc.attachments.has_returns:
             self._proc.return_leases()
 
-    def track(self, envelope: wire.Envelope) -> ActiveCall:
+    def track(self, call: AnyCall) -> AnyCall:
         """Note a call that can be cancelled from now on; :meth:`untrack` ends it."""
-        key = envelope[3], envelope[5]
-        call = self.active[key] = ActiveCall(envelope)
+        key = call.envelope[3], call.envelope[5]
+        self.active[key] = call
         if key in self.cancelled:
             # It came while the arguments were being loaded.
             self.cancelled.discard(key)
@@ -210,7 +211,7 @@ class CallHandler:
         return False
 
     def _run_generator(self, items: Any, envelope: wire.Envelope) -> None:
-        call = self.track(envelope)
+        call = self.track(GeneratorCall(envelope))
         try:
             for item in items:
                 if envelope[5] and not (call.wait_window() and self._reply(envelope, wire.ITEM, item)):
@@ -223,7 +224,9 @@ class CallHandler:
 
     async def _run_async_generator(self, items: Any, envelope: wire.Envelope) -> None:
         # Broadcasts share one key, so another's end may have removed it.
-        call = self.active.get((envelope[3], envelope[5])) or ActiveCall(envelope)
+        call = self.active.get((envelope[3], envelope[5]))
+        if not isinstance(call, GeneratorCall):
+            call = GeneratorCall(envelope)
         try:
             async for item in items:
                 if envelope[5] and not (await call.wait_window_async() and self._reply(envelope, wire.ITEM, item)):
@@ -244,7 +247,7 @@ class CallHandler:
         del value
         waiting = self._queue.qsize()
         if proc.attachments.has_returns:
-            proc.return_leases()
+            proc.return_leases(before_reply_to=sender)
         proc.reply(sender, envelope[5], envelope[6], status, out, load=waiting, lazy=waiting > 0)
         return True
 

@@ -23,34 +23,48 @@ _RUNTIME: Final = str(Path(__file__).parent)
 
 
 class ActiveCall:
-    """A call that can still be cancelled, and a generator's window of items."""
+    """A call under way that can still be cancelled."""
 
     def __init__(self, envelope: wire.Envelope) -> None:
         self.envelope = envelope
         self.is_cancelled = False
-        self._window = ITEM_WINDOW
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._cancel: Callable[[], object] | None = None
-        self._loop_waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
 
     def on_cancel(self, cancel: Callable[[], object]) -> None:
         """Have ``cancel`` called when the caller gives up, or now if it has."""
-        with self._changed:
+        with self._lock:
             self._cancel = cancel
         if self.is_cancelled:
             cancel()
 
     def cancel(self) -> None:
         """The caller gave up (I/O thread)."""
-        with self._changed:
+        with self._lock:
             self.is_cancelled = True
             self._notify()
         if self._cancel is not None:
             self._cancel()
 
     def allow(self, count: int) -> None:
+        """The caller has room for ``count`` more items; only a generator's has (I/O thread)."""
+
+    def _notify(self) -> None:
+        """Wake who waits for something to change; called with the lock held."""
+
+
+class GeneratorCall(ActiveCall):
+    """A generator under way, and its window of items."""
+
+    def __init__(self, envelope: wire.Envelope) -> None:
+        super().__init__(envelope)
+        self._window = ITEM_WINDOW
+        self._changed = threading.Condition(self._lock)
+        self._loop_waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    def allow(self, count: int) -> None:
         """The caller has room for ``count`` more items (I/O thread)."""
-        with self._changed:
+        with self._lock:
             self._window += count
             self._notify()
 
@@ -67,7 +81,7 @@ class ActiveCall:
             import asyncio
 
             loop = asyncio.get_running_loop()
-            with self._changed:
+            with self._lock:
                 if self._window > 0 or self.is_cancelled:
                     self._window -= 1
                     return not self.is_cancelled

@@ -185,10 +185,14 @@ class LocalProc:
             self.run_at(time.monotonic() + _TRIM_S, self._trim)
         return self.attachments.outgoing(payload, holders)
 
-    def return_leases(self) -> None:
-        """Send back the shared memory that nobody here uses any more."""
+    def return_leases(self, *, before_reply_to: str | None = None) -> None:
+        """Send back the shared memory that nobody here uses any more; what goes where a reply follows, with that."""
         for owner, lease_ids in self.attachments.take_returns().items():
-            self.send(owner, [wire.LEASE, self.proc_id, lease_ids])
+            envelope = [wire.LEASE, self.proc_id, lease_ids]
+            if owner == before_reply_to:
+                self.link(owner).stage(wire.pack(envelope))
+            else:
+                self.send(owner, envelope)
 
     # the I/O thread's queue (any thread):
 

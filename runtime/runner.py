@@ -26,7 +26,7 @@ from .collectives.groups import end_groups
 from .context import ActorInstance, bind_instance
 from .failure import FailureKind, MeshFailure, pack_failure
 from .handler import CallHandler, Fatal
-from .invoke import hidden_loop, local_traceback
+from .invoke import ActiveCall, GeneratorCall, hidden_loop, local_traceback
 from .messages import wire
 from .messages.attachment import load_body
 from .proc import NONE
@@ -170,7 +170,7 @@ class ActorRunner:
                 self._give_up(envelope)
             if envelope[0] == wire.CALL:
                 spec = handler.spec_for(envelope)
-                if spec is not None and spec.kind.needs_loop:
+                if spec is not None and spec.needs_loop:
                     self._serve_in_loop(envelope)
                 handler.run_sync(spec, envelope)
             elif envelope[0] == wire.STOP:
@@ -221,7 +221,7 @@ class ActorRunner:
         if envelope[0] == wire.STOP:
             raise _Stop(envelope)
         spec = handler.spec_for(envelope)
-        if spec is None or not spec.kind.needs_loop:
+        if spec is None or not spec.needs_loop:
             with hidden_loop():
                 handler.run_sync(spec, envelope)
             # Background tasks get their turn between messages.
@@ -243,7 +243,7 @@ class ActorRunner:
         arguments = handler.begin(spec, envelope)
         if arguments is None:
             return None
-        call = handler.track(envelope)
+        call = handler.track(GeneratorCall(envelope) if spec.is_stream else ActiveCall(envelope))
         task = loop.create_task(handler.run_async(spec, envelope, arguments))
         call.on_cancel(lambda: call_soon(loop, task.cancel))
         task.add_done_callback(partial(self._on_task_end, envelope))

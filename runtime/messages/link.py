@@ -79,6 +79,15 @@ class Link:
         if wake:
             self._wake(self)
 
+    def stage(self, data: bytes) -> None:
+        """Put a packed envelope before the next one sent, which has to follow at once: both go as one frame."""
+        with self.lock:
+            if self._socket is not None:
+                self._batch.append(data)
+                self._batch_bytes += len(data)
+            elif not self._closed:
+                self._held.append([data])
+
     def send_locked(self, data: bytes, frames: Sequence[Any] = (), *, lazy: bool = False) -> bool:
         """Same as :meth:`send` for a holder of ``lock``; return whether :meth:`wake` has to be called after it."""
         socket = self._socket
