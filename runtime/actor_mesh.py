@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from .actor import EndpointOptions, endpoints_of, spec_of
@@ -179,7 +179,7 @@ def spawn_actors(
     """Send what makes one actor of ``actor_class`` on every proc of ``procs``; does not wait for them."""
     proc = local_proc()
     owner = current_instance()
-    mesh = ActorMesh(name, f"{name}-{secrets.token_hex(4)}", actor_class, procs, procs._region, mailbox)
+    mesh = ActorMesh(name, f"{name}-{os.urandom(4).hex()}", actor_class, procs, procs._region, mailbox)
     targets = procs._proc_ids()
     for target in targets:
         if target in proc.gone:

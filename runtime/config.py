@@ -25,3 +25,9 @@ def log_root() -> Path:
 
 KEEP_LOG_DIRS = 20
 """Jobs whose log files are kept."""
+
+GRACE_S = 4.0
+"""Time a process has for its actors' cleanup, before SIGTERM."""
+
+GRACE_AFTER_ERROR_S = 1.0
+"""The same where the caller is on its way out with an exception, or is gone."""

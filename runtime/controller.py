@@ -13,11 +13,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from .config import KEEP_LOG_DIRS, log_root, socket_root
+from .config import GRACE_AFTER_ERROR_S, KEEP_LOG_DIRS, log_root, socket_root
 from .context import set_local_proc
 from .failure import FailureKind, MeshFailure
 from .host import interpreter
-from .host.proc_table import GRACE_AFTER_ERROR_S
 from .log_printer import LogPrinter
 from .messages import wire
 from .messages.link import Link

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
-import secrets
 import time
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,8 +12,8 @@ from .actor import endpoints_of, signature_check
 from .actor_mesh import spawn_actors
 from .calls.future import Future
 from .calls.replies import ask_all
+from .config import GRACE_AFTER_ERROR_S, GRACE_S
 from .context import current_instance, local_proc
-from .host.proc_table import GRACE_AFTER_ERROR_S, GRACE_S
 from .messages import wire
 from .messages.credits import DEFAULT_MAILBOX
 from .proc import ROOT, LocalProc
@@ -71,7 +71,7 @@ class HostMesh(MeshTrait):
         per_host = dict(per_host or {})
         extent = Extent((*self.extent.labels, *per_host), (*self.extent.sizes, *per_host.values()))
         local = local_proc()
-        mesh_id = f"{_slug(name)}-{secrets.token_hex(3)}"
+        mesh_id = f"{_slug(name)}-{os.urandom(3).hex()}"
         procs = ProcMesh(mesh_id, name, extent.region, hosts=self._hosts)
         from .host.boot import make_plan
 

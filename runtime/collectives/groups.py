@@ -7,7 +7,6 @@ name, so what one generation left behind never meets the next.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import threading
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ..context import current_instance
 from ..errors import ActorError, CallTimeoutError, SupervisionError
 from ..shapes.dimensions import unknown
-from .store import Formed, Membership, NotFormed, space_name, store_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
     from ..actor_mesh import ActorMesh
     from ..context import ActorInstance
     from ..shapes.shape import Region
+    from .store import Formed, NotFormed
 
 _log = logging.getLogger("danaus")
 
@@ -110,6 +109,8 @@ class Line:
     @property
     def address(self) -> str:
         """Equal for all members, and for no other group."""
+        import hashlib
+
         digest = hashlib.blake2b(",".join(map(str, self.ranks)).encode(), digest_size=8).hexdigest()
         return f"{self.instance.key}/{'.'.join(self.dims)}/{digest}"
 
@@ -173,6 +174,7 @@ class GroupRecord:
 
     def _form(self, timeout_s: float) -> Any:
         from . import c10d
+        from .store import space_name
 
         line = self.line
         c10d.ensure_default(line.mesh_id, line.own_rank, line.instance.proc_runtime.mesh_size)
@@ -194,6 +196,7 @@ class GroupRecord:
 
     def _join(self, timeout_s: float) -> Formed:
         from .c10d import wait_here
+        from .store import Membership, NotFormed, store_in
 
         line = self.line
         member = Membership(
@@ -243,6 +246,8 @@ class GroupRecord:
             self._leave()
 
     def _leave(self) -> None:
+        from .store import space_name, store_in
+
         line = self.line
         space = space_name(line.address, self.generation)
         try:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
+from ..config import GRACE_AFTER_ERROR_S
 from ..failure import FailureKind, pack_failure
 from ..messages import wire
 from ..messages.link import MULTIPART, Link
@@ -30,7 +31,7 @@ from .devices import DeviceLeases, device_env, read_gpus, usable_devices
 from .kernel import adopt_orphans
 from .log_files import LogFiles
 from .logs import LineSplitter, Tail
-from .proc_table import GRACE_AFTER_ERROR_S, AskStop, Command, ProcTable, TellGone, TellUp
+from .proc_table import AskStop, Command, ProcTable, TellGone, TellUp
 from .zygotes import Zygotes
 
 if TYPE_CHECKING:

@@ -14,16 +14,11 @@ from enum import Enum, auto
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
+from ..config import GRACE_S
 from ..failure import FailureKind, MeshFailure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-GRACE_S = 4.0
-"""Time a process has for its actors' cleanup, before SIGTERM."""
-
-GRACE_AFTER_ERROR_S = 1.0
-"""The same where the caller is on its way out with an exception, or is gone."""
 
 TERM_S = 0.5
 """Time between SIGTERM and SIGKILL."""
