@@ -20,7 +20,7 @@ from danaus.tools.bench.peers import load_peer
 from danaus.tools.bench.placement import Placement, descendants, placed
 from danaus.tools.bench.record import Record
 from danaus.tools.bench.rows import Goal, Result, Row, Verdict, goal_text, judge, percentile
-from danaus.tools.bench.subject import AbsentError, TorchUse
+from danaus.tools.bench.subject import AbsentError, Group, TorchUse
 
 CALL = Row(
     name="call", title="a call", unit="us", limit_name="ZeroMQ", goal=Goal(times=2.5, p99_times_p50=3.0), anchor=40.0
@@ -279,7 +279,7 @@ class FakeSubject:
 
     def close(self) -> None: ...
 
-    def spawn(self, num_procs: int, *, torch: bool = False, actors: int = 1) -> None:
+    def spawn(self, num_procs: int, *, torch: bool = False, actors: int = 1) -> Group:
         raise AbsentError(f"{num_procs}, {torch}, {actors}")
 
     def daemons(self, workers: object) -> dict[str, list[int]]:
