@@ -75,11 +75,7 @@ class Controller:
             if self._agent is None:
                 self.logs = _new_log_directory()
                 arguments = [self.directory, CONTROLLER, str(os.getpid()), self.host, self.logs]
-                self._agent = subprocess.Popen(  # noqa: S603  our own interpreter and module
-                    interpreter.command("danaus.runtime.host.agent", *arguments),
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
+                self._agent = interpreter.start("danaus.runtime.host.agent", *arguments, start_new_session=True)
                 threading.Thread(target=self._watch_agent, name="danaus-agent-watch", daemon=True).start()
 
     def _watch_agent(self) -> None:

@@ -79,6 +79,8 @@ class Caller:
         options = self._options
         if may_reduce and "reduce" in kwargs and "reduce" not in self._spec.parameters:
             options = replace(options, reduce=kwargs.pop("reduce"))
+        if options.reduce is not None and not may_reduce:
+            raise TypeError(f"{self._name}: reduce= joins the values of call(); the other adverbs have none to join")
         self._spec.check(*args, **kwargs)
         return (args, kwargs), options
 

@@ -1,16 +1,43 @@
-"""Starts a fresh Python that finds the same modules as this one, without telling it by the environment.
+"""Starts a fresh Python that finds the same modules as this one.
 
-Variables set for it would be inherited by everything that users' processes start.
+The search path travels in a variable that the new process removes before anything can inherit it: ``PYTHONPATH`` would
+reach everything that users' processes start, and on the command line it would bury what ``ps`` is asked for.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from typing import TYPE_CHECKING
 
-_BODY = "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from {module} import main; main(sys.argv[1:])"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_VARIABLE = "DANAUS_SYS_PATH"
+_BODY = (
+    "import os, sys; sys.path[:] = os.environ.pop({variable!r}).split(os.pathsep); "
+    "from {module} import main; main(sys.argv[1:])"
+)
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """Return the command line that runs ``main(arguments)`` of a module of ours."""
-    path = "\n".join(entry for entry in sys.path if entry)
-    return [sys.executable, "-c", _BODY.format(module=module), path, *arguments]
+def start(
+    module: str, *arguments: str, start_new_session: bool = False, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Run ``main(arguments)`` of a module of ours in a process of its own.
+
+    Args:
+        module: Its full name.
+        *arguments: Command line arguments.
+        start_new_session: As for :class:`subprocess.Popen`.
+        pass_fds: As for :class:`subprocess.Popen`.
+    """
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    command = [sys.executable, "-c", _BODY.format(variable=_VARIABLE, module=module), *arguments]
+    return subprocess.Popen(  # noqa: S603  our own interpreter and module
+        command,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, _VARIABLE: path},
+        start_new_session=start_new_session,
+        pass_fds=pass_fds,
+    )

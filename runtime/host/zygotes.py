@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgpack
@@ -104,8 +103,8 @@ class Zygotes:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if key == _SEED:
             # The first seed was a fork of the agent before it had threads; a later one has to start from nothing.
-            command = interpreter.command("danaus.runtime.host.zygote", str(theirs.fileno()), str(os.getpid()))
-            subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)  # noqa: S603  ourselves
+            arguments = str(theirs.fileno()), str(os.getpid())
+            interpreter.start("danaus.runtime.host.zygote", *arguments, pass_fds=[theirs.fileno()])
         else:
             seed = self._zygotes.get(_SEED) or self._make(_SEED, [], {}, sys_path)
             message = {"op": "zygote", "key": key, "modules": list(modules), "env": env, "sys_path": sys_path}

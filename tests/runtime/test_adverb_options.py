@@ -459,6 +459,8 @@ def test_reduce_may_be_given_at_the_call(proc: FakeProc) -> None:
 def test_reduce_belongs_to_call_alone(proc: FakeProc, adverb: str) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'reduce'"):
         getattr(mesh_of(Counter, dp=1).add, adverb)(1, reduce="sum")
+    with pytest.raises(TypeError, match=r"reduce= joins the values of call\(\)"):
+        getattr(mesh_of(Counter, dp=1).add.options(reduce="sum"), adverb)(1)
 
 
 def test_a_parameter_of_the_endpoint_wins_over_an_option_of_that_name(proc: FakeProc) -> None:
