@@ -97,7 +97,7 @@ class CallTimeoutError(DanausError, TimeoutError):
         shown = ", ".join(self.missing[:8]) + (f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else "")
         return (
             f"{self.endpoint}: no reply within {self.timeout_s:g} s from {shown or 'any rank'}; the call was cancelled "
-            "(a sync endpoint runs on): raise the timeout, or look at what that rank does"
+            "(a sync endpoint runs on): raise the timeout, or look at what they do"
         )
 
 
