@@ -3,14 +3,17 @@
 actor, actor_mesh, mesh, context    what users write and hold
 calls/          adverbs, futures, value meshes: how a call is made and answered
 proc            a process's part in the runtime: its links, its actors, its I/O thread
+keeping         what actors get back when they are started again
 runner, handler, invoke             an actor's thread, and one call after another on it
 messages/       envelopes, pickles, shared memory, links, credits
 shapes/         extents, regions, slices
 host/           the agent, its zygotes, the processes that they fork
 collectives/    torch process groups
+supervision/    what happens when a rank is lost: who is told, what is started again
 controller, registry, log_printer   what the user's script runs beside itself
 """
 
+from . import testing as testing
 from .actor import Actor, concurrent_endpoint, endpoint
 from .actor_mesh import ActorMesh, as_endpoint
 from .calls.accumulator import Accumulator
@@ -27,6 +30,7 @@ from .errors import (
     CallCancelledError,
     CallTimeoutError,
     DanausError,
+    DeadlockError,
     GroupBroken,
     MailboxFull,
     MessageError,
@@ -35,9 +39,14 @@ from .errors import (
     SupervisionError,
 )
 from .failure import FailureKind, MeshFailure
+from .keeping import checkpoint
 from .mesh import HostMesh, ProcMesh, this_host, this_proc
 from .registry import get_or_spawn_controller
 from .shapes.shape import Extent, Point, Region
+from .supervision.elastic import Health
+from .supervision.hook import unhandled_fault_hook
+from .supervision.restart import Restart
+from .supervision.supervisor import Change
 
 __all__ = [
     "Accumulator",
@@ -47,14 +56,17 @@ __all__ = [
     "AdmissionError",
     "CallCancelledError",
     "CallTimeoutError",
+    "Change",
     "Channel",
     "Context",
     "DanausError",
+    "DeadlockError",
     "Endpoint",
     "Extent",
     "FailureKind",
     "Future",
     "GroupBroken",
+    "Health",
     "HostMesh",
     "MailboxFull",
     "MeshFailure",
@@ -64,11 +76,13 @@ __all__ = [
     "PortReceiver",
     "ProcMesh",
     "Region",
+    "Restart",
     "SpawnError",
     "StoppedError",
     "SupervisionError",
     "ValueMesh",
     "as_endpoint",
+    "checkpoint",
     "concurrent_endpoint",
     "context",
     "current_actor_name",
@@ -83,4 +97,5 @@ __all__ = [
     "shutdown_context",
     "this_host",
     "this_proc",
+    "unhandled_fault_hook",
 ]

@@ -38,6 +38,14 @@ class Actor(_ActorHandle):
     ``__init__`` runs remotely, once per rank, on the thread that the actor keeps for its whole life. Define
     ``__cleanup__(self, exc)`` (sync or async) to be called when the actor is stopped (``exc`` is None) or has failed.
 
+    Further hooks, each optional, sync or async, on the actor's thread:
+
+    * ``__supervise__(self, failure)`` hears of a loss in a mesh that this actor spawned; to return something true is to
+      have handled it, to raise fails this actor.
+    * ``restore(self, state)`` gets what was last handed to :func:`danaus.checkpoint`, where the actor is made again;
+      called after ``__init__``.
+    * ``__drain__(self, seconds)`` is called when the host is to be taken away in so many seconds: time to checkpoint.
+
     Example:
         >>> from danaus import Actor, endpoint, this_proc
         >>> class Greeter(Actor):
@@ -77,6 +85,7 @@ class EndpointOptions:
     concurrency: int = 1
     explicit_response_port: bool = False
     borrow: bool = False
+    idempotent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,7 @@ if TYPE_CHECKING:
     def endpoint(method: Callable[Concatenate[Any, P], R], /) -> Endpoint[P, R]: ...
     @overload
     def endpoint(
-        *, concurrency: int = ..., borrow: bool = ...
+        *, concurrency: int = ..., borrow: bool = ..., idempotent: bool = ...
     ) -> Callable[[Callable[Concatenate[Any, P], Awaitable[R] | R]], Endpoint[P, R]]: ...
     @overload
     def endpoint(
@@ -120,7 +129,13 @@ if TYPE_CHECKING:
 
 
 def endpoint(
-    method: Any = None, /, *, concurrency: int = 1, explicit_response_port: bool = False, borrow: bool = False
+    method: Any = None,
+    /,
+    *,
+    concurrency: int = 1,
+    explicit_response_port: bool = False,
+    borrow: bool = False,
+    idempotent: bool = False,
 ) -> Any:
     """Mark a method of an actor as remotely callable; sync, async, generator and async generator methods may mix.
 
@@ -131,12 +146,18 @@ def endpoint(
             possibly after returning. What it raises has no caller to go to and fails the actor.
         borrow: Tensors among the arguments are views of the sender's memory, valid until the last reference is gone
             and never to be written to, instead of private copies.
+        idempotent: To run it twice does no harm, so that a caller may ask for ``options(retries=n)``.
 
     Raises:
         TypeError: The decorated object is no function.
         ValueError: ``concurrency`` above one on a sync method, which has but one thread.
     """
-    options = EndpointOptions(concurrency=concurrency, explicit_response_port=explicit_response_port, borrow=borrow)
+    options = EndpointOptions(
+        concurrency=concurrency,
+        explicit_response_port=explicit_response_port,
+        borrow=borrow,
+        idempotent=idempotent,
+    )
 
     def mark(function: Any) -> Any:
         if not inspect.isfunction(function):

@@ -13,6 +13,8 @@ from .errors import MessageError
 from .messages import wire
 from .messages.payload import dump
 from .shapes.mesh_trait import MeshTrait
+from .supervision.elastic import Health, check_health
+from .supervision.supervisor import KEEPER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from .messages.link import Lane
     from .proc import LocalProc
     from .shapes.shape import Region
+    from .supervision.restart import Restart
 
 
 class ActorMesh(MeshTrait):
@@ -49,7 +52,7 @@ class ActorMesh(MeshTrait):
             mailbox,
         )
         self._specs = endpoints_of(actor_class)
-        self._lane_cache: tuple[LocalProc | None, str, list[Lane]] = (None, "", [])
+        self._lane_cache: tuple[LocalProc | None, str, int, list[Lane]] = (None, "", 0, [])
 
     def _with_region(self, region: Region) -> ActorMesh:
         return ActorMesh(self.name, self._key, self._actor_class, self._procs, region, self._mailbox)
@@ -75,17 +78,21 @@ class ActorMesh(MeshTrait):
         return self._region.nelements
 
     def _lanes(self, proc: LocalProc, sender: str) -> list[Lane]:
-        cached_proc, cached_sender, lanes = self._lane_cache
-        if cached_proc is proc and cached_sender == sender:
+        cached_proc, cached_sender, cached_epoch, lanes = self._lane_cache
+        if cached_proc is proc and cached_sender == sender and cached_epoch == proc.epoch:
             return lanes
-        mesh_id = self._procs._mesh_id
+        mesh_id, epoch = self._procs._mesh_id, proc.epoch
         lanes = [
             proc.lane(
-                f"{mesh_id}.{rank}", self._key, sender=sender, name=f"{self.name} rank {rank}", bound=self._mailbox
+                proc.resolve(f"{mesh_id}.{rank}"),
+                self._key,
+                sender=sender,
+                name=f"{self.name} rank {rank}",
+                bound=self._mailbox,
             )
             for rank in self._region.ranks()
         ]
-        self._lane_cache = proc, sender, lanes
+        self._lane_cache = proc, sender, epoch, lanes
         return lanes
 
     @property
@@ -107,8 +114,19 @@ class ActorMesh(MeshTrait):
         del reason
         lanes = self._lanes(local_proc(), current_key())
         future = ask_all(wire.STOP, f"stop of {self.name!r}", lanes, self._region, on_error="all", timeout_s=timeout)
+        # Not before: an actor that is to stop has to be where it is asked.
+        local_proc().supervisor.release_actors(self)
         current_instance().disown(self)
         return future
+
+    def healthy(self) -> Health:
+        """Say which of these actors' processes live; see :meth:`ProcMesh.healthy`."""
+        return check_health(self, self._procs._mesh_id)
+
+    def replace(self, *ranks: int, force: bool = False) -> Future[None]:
+        """Start the processes of these ranks again, and with them their actors; see :meth:`ProcMesh.replace`."""
+        base = self._region.ranks()
+        return self._procs.replace(*(base[rank] for rank in ranks), force=force)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ActorMesh, (self.name, self._key, self._actor_class, self._procs, self._region, self._mailbox)
@@ -174,26 +192,44 @@ def as_endpoint(method: Any, *, explicit_response_port: bool = False) -> Any:
 
 
 def spawn_actors(
-    procs: ProcMesh, name: str, actor_class: type, args: tuple[Any, ...], kwargs: dict[str, Any], mailbox: int
+    procs: ProcMesh,
+    name: str,
+    actor_class: type,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mailbox: int,
+    restart: Restart | None,
 ) -> ActorMesh:
     """Send what makes one actor of ``actor_class`` on every proc of ``procs``; does not wait for them."""
     proc = local_proc()
     owner = current_instance()
     mesh = ActorMesh(name, f"{name}-{os.urandom(4).hex()}", actor_class, procs, procs._region, mailbox)
-    targets = procs._proc_ids()
-    for target in targets:
-        if target in proc.gone:
-            raise gone_error(
-                proc.gone[target], f"spawn of {name!r}; slice the mesh to its living ranks, or spawn new procs"
-            )
     try:
         payload = dump((mesh, args, kwargs, owner.actor_id))
     except Exception as error:
         reason = f"it or an argument of its __init__ cannot be pickled here ({type(error).__name__}: {error})"
         raise MessageError(f"spawn of {name!r} ({actor_class.__qualname__})", error, reason) from error
-    out = proc.snapshot(payload, targets)
-    data = wire.pack([wire.SPAWN, mesh._key, proc.proc_id, out.body, out.attachment])
-    for target in targets:
-        proc.link(target).send(data, out.frames)
+    known = procs._proc_ids()
+    _refuse_gone(proc, known, name)
+    out = proc.snapshot(payload, [*known, KEEPER])
+    # Else a process that dies meanwhile could miss its actor, or the next one get it twice.
+    with proc.places_lock:
+        targets = procs._proc_ids()
+        for old, new in zip(known, targets, strict=True):
+            if old != new:
+                proc.attachments.lend_again(out, new)
+                proc.attachments.take_back(out, old)
+        proc.supervisor.own_actors(mesh, owner.key, out, restart)
+        life = [0, proc.supervisor.is_restartable(mesh), None, None]
+        data = wire.pack([wire.SPAWN, mesh._key, proc.proc_id, life, out.body, out.attachment])
+        for target in targets:
+            proc.link(target).send(data, out.frames)
     owner.own(mesh)
     return mesh
+
+
+def _refuse_gone(proc: LocalProc, targets: list[str], name: str) -> None:
+    for target in targets:
+        if target in proc.gone:
+            what = f"spawn of {name!r}; slice the mesh to its living ranks, replace this one, or spawn new procs"
+            raise gone_error(proc.gone[target], what)

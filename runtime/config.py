@@ -23,6 +23,46 @@ def log_root() -> Path:
     return base / "danaus" / "logs"
 
 
+def stuck_s() -> float:
+    """Within how many seconds a process that does not answer is told of: ``DANAUS_STUCK_S``, 2 by default, 0 for never.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    text = os.environ.get("DANAUS_STUCK_S", "").strip() or "2"
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = -1.0
+    if limit_s != 0 and not MIN_STUCK_S <= limit_s < float("inf"):
+        raise ValueError(f"DANAUS_STUCK_S={text}: expected seconds, at least {MIN_STUCK_S:g}, or 0 for no watching")
+    return limit_s
+
+
+def py_spy() -> str | None:
+    """What to run for py-spy, ``DANAUS_PY_SPY``; empty for nothing, None where it is to be looked for."""
+    return os.environ.get("DANAUS_PY_SPY")
+
+
+def preempt_s() -> float:
+    """How many seconds actors have to drain once their host was told to end: ``DANAUS_PREEMPT_S``, 10 by default.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    text = os.environ.get("DANAUS_PREEMPT_S", "").strip() or "10"
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = -1.0
+    if not 0 <= limit_s < float("inf"):
+        raise ValueError(f"DANAUS_PREEMPT_S={text}: expected seconds, 0 or more")
+    return limit_s
+
+
+MIN_STUCK_S = 0.2
+"""The least limit for stuck processes: below it, a busy machine looks like one."""
+
 KEEP_LOG_DIRS = 20
 """Jobs whose log files are kept."""
 

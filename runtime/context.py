@@ -6,6 +6,7 @@ import logging
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+from .address import rank_of
 from .calls.future import Future
 from .proc import ROOT
 from .shapes.shape import Extent, Point
@@ -28,6 +29,7 @@ class ActorInstance:
         actor_id: Address of this actor: process and key.
         rank: Its point in the mesh it was spawned as.
         creator: Address of the actor that spawned it, or None for a process's root.
+        incarnation: How many times it has been made again.
         actor: The Python object itself, while it lives.
     """
 
@@ -36,12 +38,13 @@ class ActorInstance:
         self.name = ROOT if mesh is None else mesh.name
         self.actor_id = f"{proc.proc_id}/{key}"
         self.actor: Any = None
+        self.incarnation = 0
         self._owned: list[Any] = []
         if mesh is None:
             self.rank = Point(0, _SCALAR)
         else:
             region = mesh._region
-            base_rank = int(proc.proc_id.rsplit(".", 1)[1])
+            base_rank = rank_of(proc.proc_id)
             self.rank = Point(region.index_of(base_rank), region.extent)
 
     @property

@@ -7,6 +7,7 @@
     │   └── StoppedError      it was stopped on purpose
     ├── CallTimeoutError      no reply within the limit (also a TimeoutError)
     ├── CallCancelledError    the call was cancelled (also a concurrent.futures.CancelledError)
+    ├── DeadlockError         the call closed a cycle of actors that wait for each other
     ├── MailboxFull           a receiver's mailbox is full and the caller may not wait
     ├── SpawnError            processes could not be started
     │   └── AdmissionError    more were asked for than the host's limits allow (also a ValueError)
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .failure import MeshFailure
+    from .supervision.waits import Wait
 
 
 class DanausError(Exception):
@@ -75,7 +77,8 @@ class SupervisionError(DanausError):
 
     def __str__(self) -> str:
         call = f"{self.endpoint}: " if self.endpoint else ""
-        return f"{call}{self.failure}"
+        advice = "its policy starts it again: call again, or use options(retries=...) on an idempotent endpoint"
+        return f"{call}{self.failure}" + (f"\n{advice}" if self.failure.restarts else "")
 
 
 class StoppedError(SupervisionError):
@@ -110,6 +113,34 @@ class CallCancelledError(DanausError, CancelledError):
 
     def __str__(self) -> str:
         return f"{self.endpoint}: the call was cancelled"
+
+
+class DeadlockError(DanausError):
+    """Actors waited for each other in a circle; this call, the youngest of it, was called off so that the others go on.
+
+    Attributes:
+        endpoint: The call.
+        cycle: Who waits, each for the next and the last, which this call belongs to, for the first.
+        at_s: ``time.time()`` at which it was called off.
+    """
+
+    def __init__(self, endpoint: str, cycle: tuple[Wait, ...], at_s: float) -> None:
+        super().__init__(endpoint, cycle, at_s)
+        self.endpoint, self.cycle, self.at_s = endpoint, cycle, at_s
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {wait.who} in {wait.endpoint} (host {wait.host}, pid {wait.pid}) waits for {wait.awaited} on "
+            f"{following.who}, for {self.at_s - wait.since_s:.2f} s now"
+            for wait, following in zip(self.cycle, (*self.cycle[1:], *self.cycle[:1]), strict=True)
+        ]
+        cycle = "\n".join(lines)
+        return (
+            f"{self.endpoint}: no answer can come, since actors wait for each other in a circle of {len(lines)}; "
+            f"the youngest of their calls, the last below, was called off:\n{cycle}\n"
+            "An actor answers nothing while its endpoint waits: await in an async @concurrent_endpoint, or pass on "
+            "what is needed instead of calling back an actor that waits"
+        )
 
 
 class MailboxFull(DanausError):  # noqa: N818  names a state
@@ -154,9 +185,13 @@ class AdmissionError(SpawnError, ValueError):
 class GroupBroken(DanausError):  # noqa: N818  names a state
     """A process group was used after its generation had ended."""
 
-    def __init__(self, dims: tuple[str, ...], old: int, new: int) -> None:
-        super().__init__(dims, old, new)
-        self.dims, self.old, self.new = dims, old, new
+    def __init__(self, dims: tuple[str, ...], old: int, new: int, reason: str = "") -> None:
+        super().__init__(dims, old, new, reason)
+        self.dims, self.old, self.new, self.reason = dims, old, new, reason
 
     def __str__(self) -> str:
-        return f"process group over {self.dims}: generation {self.old} has ended, {self.new} is the next"
+        why = f" ({self.reason})" if self.reason else ""
+        return (
+            f"process group over {self.dims}: generation {self.old} has ended{why}, {self.new} is the next; ask for "
+            "the group again to join it"
+        )

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from asyncio import CancelledError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .actor import EndpointOptions, EndpointSpec, spec_of
 from .calls.port import Port
+from .collectives.root_cause import cause_of
 from .context import ActorInstance, current_message
+from .failure import MeshFailure
 from .invoke import ActiveCall, GeneratorCall, dump_error, dump_value, where
 from .messages import wire
 from .messages.attachment import Outgoing, load_body, size_of
 from .messages.credits import CreditDebt
+from .testing import armed as faults
 
 if TYPE_CHECKING:
     from queue import SimpleQueue
 
     from .actor_mesh import ActorMesh
+    from .errors import GroupBroken
     from .proc import LocalProc
 
+_log = logging.getLogger("danaus")
 AnyCall = TypeVar("AnyCall", bound=ActiveCall)
 _NO_VALUE = Outgoing(None)
 
@@ -111,11 +117,16 @@ class CallHandler:
         if arguments is None or spec is None:
             return
         args, kwargs = arguments
+        armed = faults.armed
         try:
+            if armed is not None:
+                armed.pass_endpoint(self._key, spec.name, "before")
             result = getattr(self.actor, spec.name)(*args, **kwargs)
             if spec.is_stream:
                 self._run_generator(result, envelope)
                 return
+            if armed is not None:
+                armed.pass_endpoint(self._key, spec.name, "after")
         except Fatal:
             raise
         except Exception as error:  # noqa: BLE001  told to whoever waits, or the last thing on this thread
@@ -137,12 +148,17 @@ class CallHandler:
         """
         args, kwargs = arguments
         del arguments
+        armed = faults.armed
         try:
+            if armed is not None:
+                await armed.pass_endpoint_async(self._key, spec.name, "before")
             result = getattr(self.actor, spec.name)(*args, **kwargs)
             if spec.is_stream:
                 await self._run_async_generator(result, envelope)
                 return
             result = await result
+            if armed is not None:
+                await armed.pass_endpoint_async(self._key, spec.name, "after")
         except Fatal:
             raise
         except CancelledError as error:
@@ -187,9 +203,23 @@ class CallHandler:
 
     def on_error(self, spec: EndpointSpec, envelope: wire.Envelope, error: BaseException) -> None:
         """Send an endpoint's exception to its caller, or fail the actor with it."""
+        cause = cause_of(self._key, error)
+        if cause is not None:
+            self._on_secondary(envelope, error, cause)
+            return
         if not envelope[5] or spec.options.explicit_response_port:
             raise Fatal(error)
         self.reply_error(envelope, error)
+
+    def _on_secondary(self, envelope: wire.Envelope, error: BaseException, cause: MeshFailure | GroupBroken) -> None:
+        """The error follows from the loss of another member of a group: the caller hears of that; the actor lives."""
+        if not envelope[5]:
+            _log.warning("%s: %s", where(self._instance, envelope), cause)
+        elif isinstance(cause, MeshFailure):
+            self._proc.reply_gone(envelope, cause, with_credit=False)
+        else:
+            cause.__cause__ = error
+            self.reply_error(envelope, cause)
 
     def reply_error(self, envelope: wire.Envelope, error: BaseException, *, while_loading: bool = False) -> None:
         """Answer a call with an exception."""
@@ -217,6 +247,8 @@ class CallHandler:
                 if envelope[5] and not (call.wait_window() and self._reply(envelope, wire.ITEM, item)):
                     break
             else:
+                if faults.armed is not None:
+                    faults.armed.pass_endpoint(self._key, envelope[2], "after")
                 self._reply_end(envelope)
         finally:
             self.untrack(envelope)
@@ -232,6 +264,8 @@ class CallHandler:
                 if envelope[5] and not (await call.wait_window_async() and self._reply(envelope, wire.ITEM, item)):
                     break
             else:
+                if faults.armed is not None:
+                    await faults.armed.pass_endpoint_async(self._key, envelope[2], "after")
                 self._reply_end(envelope)
         finally:
             await items.aclose()

@@ -25,6 +25,9 @@ _RUNTIME: Final = str(Path(__file__).parent)
 class ActiveCall:
     """A call under way that can still be cancelled."""
 
+    task: asyncio.Task[None] | None = None
+    """What runs it, where that is not its actor's thread alone."""
+
     def __init__(self, envelope: wire.Envelope) -> None:
         self.envelope = envelope
         self.is_cancelled = False

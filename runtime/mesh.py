@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .actor import endpoints_of, signature_check
 from .actor_mesh import spawn_actors
+from .address import mesh_of, name_of, place_of, rank_of
 from .calls.future import Future
 from .calls.replies import ask_all
 from .config import GRACE_AFTER_ERROR_S, GRACE_S
@@ -19,12 +20,15 @@ from .messages.credits import DEFAULT_MAILBOX
 from .proc import ROOT, LocalProc
 from .shapes.mesh_trait import MeshTrait
 from .shapes.shape import Extent, Region
+from .supervision.elastic import Filling, Health, check_health, holes_of, is_up
+from .supervision.restart import Restart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from .actor import Actor
     from .failure import MeshFailure
+    from .supervision.supervisor import Change
 
     A = TypeVar("A", bound=Actor)
 else:
@@ -50,6 +54,8 @@ class HostMesh(MeshTrait):
         preload: Sequence[str] | None = None,
         proc_bind: Sequence[Mapping[str, str]] | None = None,
         gpus: Literal["own", "shared", "none"] = "own",
+        restart: Restart | None = None,
+        spares: int = 0,
     ) -> ProcMesh:
         """Start processes and return their mesh at once; its dimensions are the hosts' and those of ``per_host``.
 
@@ -63,11 +69,16 @@ class HostMesh(MeshTrait):
             proc_bind: One mapping per process of a host with ``cpus``, ``physcpubind``, ``cpunodebind`` or ``membind``.
             gpus: On a host with GPUs: ``"own"`` leases one to each process, which sees it as ``cuda:0`` and the others
                 after it; ``"shared"`` lets several processes use one; ``"none"`` hides them.
+            restart: What to do when a rank is lost; by default it stays a hole. Its actors are made again with it.
+            spares: Further processes that wait, started and bootstrapped, to take the place of a lost rank.
 
         Raises:
             ValueError: A dimension exists twice or is negative, or ``proc_bind`` has the wrong length.
             AdmissionError: The host's memory, cgroup, process or file limits do not allow so many.
         """
+        check_policy("spawn_procs", restart)
+        if not isinstance(spares, int) or spares < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"spawn_procs(spares={spares!r}): expected a number of processes, 0 or more")
         per_host = dict(per_host or {})
         extent = Extent((*self.extent.labels, *per_host), (*self.extent.sizes, *per_host.values()))
         local = local_proc()
@@ -80,14 +91,19 @@ class HostMesh(MeshTrait):
             mesh_id=mesh_id,
             name=name,
             count=extent.nelements,
+            dims=tuple(zip(extent.labels, extent.sizes, strict=True)),
+            spares=spares,
+            restartable=restart is not None,
             bootstrap=bootstrap,
             env=dict(env or {}),
             preload=preload,
             proc_bind=proc_bind,
             gpus=gpus,
         )
+        owner = current_instance()
+        local.supervisor.own_procs(plan.fields, plan.boot, owner.key, restart)
         plan.submit(local)
-        current_instance().own(procs)
+        owner.own(procs)
         return procs
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -112,7 +128,8 @@ class ProcMesh(MeshTrait):
         return ProcMesh(self._mesh_id, self.name, region, hosts=self._hosts)
 
     def _proc_ids(self) -> list[str]:
-        return [f"{self._mesh_id}.{rank}" for rank in self._region.ranks()]
+        resolve = local_proc().resolve
+        return [resolve(f"{self._mesh_id}.{rank}") for rank in self._region.ranks()]
 
     def spawn(self, name: str, actor_class: type[A], *args: Any, **kwargs: Any) -> A:
         """Put one actor of ``actor_class`` on every proc and return their mesh at once.
@@ -124,8 +141,9 @@ class ProcMesh(MeshTrait):
             name: Name for reports and logs; names may repeat.
             actor_class: Derived from :class:`Actor`.
             *args: For ``__init__``.
-            **kwargs: For ``__init__``; ``mailbox=`` (messages that one sender may have under way) is ours unless
-                ``__init__`` has a parameter of that name.
+            **kwargs: For ``__init__``; ``mailbox=`` (messages that one sender may have under way) and ``restart=`` (a
+                :class:`Restart`: what to do when one of these actors fails or its process is lost; by default what the
+                procs were spawned with) are ours unless ``__init__`` has a parameter of that name.
 
         Raises:
             TypeError: ``actor_class`` is no actor class, or the arguments do not fit its ``__init__``.
@@ -135,13 +153,14 @@ class ProcMesh(MeshTrait):
             raise TypeError(f"spawn: the first argument is the mesh's name, as text; got {name!r}")
         endpoints_of(actor_class)
         parameters = list(inspect.signature(actor_class.__init__).parameters.values())[1:]
-        mailbox = DEFAULT_MAILBOX
-        if "mailbox" in kwargs and all(parameter.name != "mailbox" for parameter in parameters):
-            mailbox = kwargs.pop("mailbox")
-            if not isinstance(mailbox, int) or mailbox < 1:
-                raise ValueError(f"spawn(mailbox={mailbox!r}): expected a number of messages, 1 or more")
+        own = {parameter.name for parameter in parameters}
+        mailbox = DEFAULT_MAILBOX if "mailbox" in own else kwargs.pop("mailbox", DEFAULT_MAILBOX)
+        if not isinstance(mailbox, int) or mailbox < 1:
+            raise ValueError(f"spawn(mailbox={mailbox!r}): expected a number of messages, 1 or more")
+        restart = None if "restart" in own else kwargs.pop("restart", None)
+        check_policy("spawn", restart)
         signature_check(actor_class.__qualname__, parameters)(*args, **kwargs)
-        return spawn_actors(self, name, actor_class, args, kwargs, mailbox)  # type: ignore[return-value]
+        return spawn_actors(self, name, actor_class, args, kwargs, mailbox, restart)  # type: ignore[return-value]
 
     @property
     def initialized(self) -> Future[None]:
@@ -165,21 +184,64 @@ class ProcMesh(MeshTrait):
         """
         del reason
         local = local_proc()
-        wait = _Ends(set(self._proc_ids()) - set(local.gone), f"stop of {self.name!r}")
-        port = local.next_port()
-        if wait.alive:
-            local.ports[port] = wait
-            local.request("stop", {"procs": sorted(wait.alive), "grace_s": grace})
-            for proc in list(wait.alive):
-                local.link(proc)
-                if proc in local.gone:
-                    wait.on_gone(proc, local.gone[proc])
-        else:
-            wait.finish()
+        local.supervisor.release_procs(self._mesh_id, list(self._region.ranks()))
+        wait = _Ends(local, f"stop of {self.name!r}", grace)
+        places = [f"{self._mesh_id}.{rank}" for rank in self._region.ranks()]
+        # Behind what was asked for before: a replacement that is under way is to be stopped, too.
+        local.run_soon(lambda: wait.start(places))
         if timeout is not None:
             local.run_at(time.monotonic() + timeout, lambda: wait.on_timeout(timeout))
         current_instance().disown(self)
         return wait.future
+
+    def healthy(self) -> Health[ProcMesh]:
+        """Say which ranks live: the largest slice without a hole, and every rank; as this process has heard."""
+        return check_health(self, self._mesh_id)
+
+    def replace(self, *ranks: int, force: bool = False) -> Future[None]:
+        """Start ranks of this mesh again: in each a new process, and in it the actors that were there.
+
+        Only the process that spawned the mesh may ask. A restart by policy that waits is brought forward.
+
+        Args:
+            *ranks: Ranks of this mesh; none means all that are lost.
+            force: Also end and replace ranks that are up.
+
+        Returns:
+            A future that is there once the new processes run.
+
+        Raises:
+            ValueError: A rank is up and ``force`` is not set, or it was stopped.
+            IndexError: There is no such rank.
+            RuntimeError: The mesh was spawned by another process, or has been stopped.
+        """
+        local = local_proc()
+        base = self._region.ranks()
+        for rank in ranks:
+            if not 0 <= rank < len(base):
+                raise IndexError(f"replace({rank}): this mesh has ranks 0 to {len(base) - 1}")
+        wanted = [base[rank] for rank in ranks] or holes_of(local, self._mesh_id, base)
+        filled: Future[None] = Future(f"replacement of {self.name!r} {wanted}")
+        if self._mesh_id not in local.supervisor.procs:
+            raise RuntimeError(f"replace: {self!r} was spawned by another process, or stopped; spawn a new one")
+        for rank in wanted:
+            if not force and is_up(local, self._mesh_id, rank):
+                raise ValueError(f"replace({rank}): rank {rank} is up; replace({rank}, force=True) ends it first")
+        local.run_soon(Filling(local, self._mesh_id, wanted, filled, force=force).start)
+        return filled
+
+    def on_change(self, callback: Callable[[Change], object]) -> None:
+        """Have ``callback`` called when a rank of the whole mesh is lost, is up again, or is given up.
+
+        Calls come in order, on a thread that runs callbacks alone. What one raises is logged.
+
+        Raises:
+            RuntimeError: The mesh was spawned by another process, or has been stopped.
+        """
+        owned = local_proc().supervisor.procs.get(self._mesh_id)
+        if owned is None:
+            raise RuntimeError(f"on_change: {self!r} was spawned by another process, or has been stopped")
+        owned.callbacks.append(callback)
 
     def __enter__(self) -> ProcMesh:
         return self
@@ -221,23 +283,40 @@ class ProcMesh(MeshTrait):
 
 
 class _Ends:
-    """The sink that waits for processes to be gone."""
+    """The sink that has processes end, and waits for that; all of it on the I/O thread."""
 
-    def __init__(self, alive: set[str], name: str) -> None:
-        self.alive = alive
+    def __init__(self, local: LocalProc, name: str, grace_s: float) -> None:
+        self._local, self._grace_s = local, grace_s
+        self.alive: set[str] = set()
         self.future: Future[None] = Future(name)
+
+    def start(self, places: list[str]) -> None:
+        self._stop({self._local.resolve(place) for place in places})
+        if self.alive:
+            self._local.ports[self._local.next_port()] = self
+        else:
+            self.future._resolve(lambda: None)
+
+    def _stop(self, procs: set[str]) -> None:
+        procs -= self._local.gone.keys()
+        self.alive |= procs
+        if procs:
+            self._local.request("stop", {"procs": sorted(procs), "grace_s": self._grace_s})
+        for proc in procs:
+            self._local.link(proc)
 
     def on_reply(self, *_reply: object) -> bool:
         return False
 
-    def on_gone(self, proc: str, _failure: MeshFailure) -> bool:
-        self.alive.discard(proc)
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        if proc in self.alive:
+            self.alive.discard(proc)
+            if failure.restarts:
+                # It ended by itself, just before; the one that would follow is not to.
+                self._stop({self._local.resolve(place_of(proc))})
         if not self.alive:
-            self.finish()
+            self.future._resolve(lambda: None)
         return not self.alive
-
-    def finish(self) -> None:
-        self.future._resolve(lambda: None)
 
     def on_timeout(self, timeout_s: float) -> None:
         self.future._reject(
@@ -251,8 +330,8 @@ def _rebuild_procs(mesh_id: str, name: str, region: Region, hosts: tuple[str, ..
 
 def own_proc(local: LocalProc) -> ProcMesh:
     """The calling process, as a mesh without dimensions."""
-    mesh_id, _, rank = local.proc_id.rpartition(".")
-    return ProcMesh(mesh_id, mesh_id.rsplit("-", 1)[0], Region((), int(rank), (), ()), hosts=(local.host,))
+    proc = local.proc_id
+    return ProcMesh(mesh_of(proc), name_of(proc), Region((), rank_of(proc), (), ()), hosts=(local.host,))
 
 
 def this_host() -> HostMesh:
@@ -263,6 +342,12 @@ def this_host() -> HostMesh:
 def this_proc() -> ProcMesh:
     """The process that this code runs in, as a mesh without dimensions; actors may be spawned on it."""
     return own_proc(local_proc())
+
+
+def check_policy(what: str, restart: object) -> None:
+    """Refuse what is no policy."""
+    if restart is not None and not isinstance(restart, Restart):
+        raise TypeError(f"{what}(restart={restart!r}): expected danaus.Restart(...), or None")
 
 
 def _slug(name: str) -> str:

@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import zmq
 
+from .address import AGENT, incarnation_of, place_of
 from .failure import MeshFailure, pack_failure, unpack_failure
 from .messages import wire
 from .messages.attachment import Attachments, Outgoing, size_of
@@ -29,15 +31,17 @@ if TYPE_CHECKING:
 
     from .messages.attachment import Incoming
     from .runner import ActorRunner
-
-AGENT: Final = "agent"
-"""Address of the host agent."""
+    from .supervision.supervisor import Supervisor
+    from .supervision.wait_watch import WaitWatch
 
 ROOT: Final = "root"
 """Name of the actor that a process's own threads speak as."""
 
 SWITCH_INTERVAL_S: Final = 0.0002
 """How long a busy Python thread may keep the I/O thread waiting; it is paid twice on the way to a neighbour actor."""
+
+EARLY_S: Final = 20.0
+"""How long messages wait for an actor that this process has not heard of."""
 
 NONE: Final = dump(None).body
 _IDLE_POLL_S: Final = 0.05
@@ -62,13 +66,13 @@ class LocalProc:
     """The runtime inside this process.
 
     Args:
-        proc_id: This process's address, ``mesh.rank``.
+        proc_id: This process's address; see address.py.
         directory: The job's private socket directory.
-        path: Socket path to bind, inside ``directory``.
+        path: Socket path to bind, inside ``directory``; None where others hear of this process later (:meth:`bind`).
         host: Host name, for reports.
     """
 
-    def __init__(self, proc_id: str, *, directory: str, path: str, host: str) -> None:
+    def __init__(self, proc_id: str, *, directory: str, path: str | None, host: str) -> None:
         self.proc_id, self.directory, self.host = proc_id, directory, host
         self.pid = os.getpid()
         self.mesh_size = 1
@@ -78,22 +82,27 @@ class LocalProc:
         self.ports: dict[int, Sink] = {}
         self.actors: dict[str, ActorRunner] = {}
         self.gone: dict[str, MeshFailure] = {}
+        self.epoch = 0
+        """Grows whenever some rank has a new incarnation."""
         self.attachments = Attachments(proc_id)
         self.on_event: dict[str, Callable[[dict[str, Any]], None]] = {
             "up": self._on_up,
             "died": self._on_died,
-            "actor_failed": lambda fields: self.report(unpack_failure(fields["failure"])),
+            "replaced": lambda fields: self._on_filled(fields["proc"], fields["next"]),
         }
-        self.report: Callable[[MeshFailure], None] = lambda failure: _log.error("%s", failure.report())
         self.on_spawn: Callable[[wire.Envelope], None] = self._refuse_spawn
         self.on_unknown_actor: Callable[[str], bool] = lambda _actor: False
         self.on_gone: list[Callable[[str, MeshFailure], None]] = []
         self.next_port: Callable[[], int] = itertools.count(1).__next__
         self.blocked: dict[str, Lane] = {}
+        self._waits: WaitWatch | None = None
         self.num_droppable = 0
         self.when_ready: Callable[[Callable[[], None]], None] = lambda task: task()
+        self._current: dict[str, str] = {}
         self._early: dict[str, list[wire.Envelope]] = {}
         self._create_lock = threading.Lock()
+        self.places_lock = threading.Lock()
+        """Held while a place gets another address, and while actors are sent to places."""
         self._dirty: deque[Link] = deque()
         self._tasks: deque[Callable[[], None]] = deque()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -105,12 +114,16 @@ class LocalProc:
         self._pull: zmq.Socket[bytes] = self.context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
         self._pull.linger = 0
-        self._pull.bind(f"ipc://{path}")
+        if path is not None:
+            self.bind(path)
         self._pull.bind(f"inproc://{proc_id}")
         self._waker: zmq.Socket[bytes] = self.context.socket(zmq.PUSH)
         self._waker.linger = 0
         self._waker.connect(f"inproc://{proc_id}")
         self.thread = threading.Thread(target=self._run, name="danaus-io", daemon=True)
+        from .supervision.supervisor import Supervisor
+
+        self.supervisor: Supervisor = Supervisor(self)
 
     def start(self, agent_path: str | None) -> None:
         """Start the I/O thread; ``agent_path`` is the agent's socket, if it is known to be bound."""
@@ -127,7 +140,19 @@ class LocalProc:
         self.run_soon(self._set_stopping)
         self.thread.join(timeout_s)
 
+    def bind(self, path: str) -> None:
+        """Take messages of other processes at ``path`` (I/O thread, once it runs)."""
+        self._pull.bind(f"ipc://{path}")
+
+    def job_directory(self) -> str:
+        """The job's private socket directory."""
+        return self.directory
+
     # sending (any thread):
+
+    def resolve(self, place: str) -> str:
+        """Return the address of the incarnation at ``place`` that this process last heard of."""
+        return self._current.get(place, place)
 
     def link(self, proc: str) -> Link:
         """Return the link to ``proc``, making it (and asking the agent to watch the process) at first use."""
@@ -150,8 +175,20 @@ class LocalProc:
         if lane is None:
             link = self.link(proc)
             with self._create_lock:
+                # Not under ``proc``: the link may just have been renamed, and its lanes are renamed with it.
+                key = (link.proc, actor, sender)
                 lane = self.lanes.setdefault(key, Lane(link, actor, sender, name, bound))
         return lane
+
+    @property
+    def waits(self) -> WaitWatch:
+        """This process's part in the wait-for graph."""
+        if self._waits is None:
+            from .supervision.wait_watch import WaitWatch
+
+            with self._create_lock:
+                self._waits = self._waits or WaitWatch(self)
+        return self._waits
 
     def send(self, proc: str, envelope: wire.Envelope, *, lazy: bool = False) -> None:
         """Send a small envelope without frames."""
@@ -221,8 +258,9 @@ class LocalProc:
     def _wake(self) -> None:
         with self._wake_lock:
             if not self._wake_pending and not self._waker.closed:
-                self._wake_pending = True
+                # In this order: an interrupt between them costs a needless wake, not a lost one.
                 self._waker.send(b"")
+                self._wake_pending = True
 
     # the I/O thread:
 
@@ -285,6 +323,8 @@ class LocalProc:
         elif kind == wire.REPLY:
             _, port, slot, status, _, body, attachment = envelope
             sink = self.ports.get(port)
+            if status == wire.GONE and sink is not None:
+                self.supervisor.on_told(unpack_failure(body))
             incoming = attachment and self.attachments.incoming(attachment)
             if sink is not None and sink.on_reply(slot, status, body, incoming):
                 self.ports.pop(port, None)
@@ -295,12 +335,24 @@ class LocalProc:
         if self.on_unknown_actor(envelope[1]):
             self.actors[envelope[1]].put(envelope)
         else:
-            # Its SPAWN comes over another link and may be behind: ownership makes sure that it comes, or we end.
-            self._early.setdefault(envelope[1], []).append(envelope)
+            # Its SPAWN comes over another link and may be behind.
+            key = envelope[1]
+            if key not in self._early:
+                self.run_at(time.monotonic() + EARLY_S, lambda: self._give_up_early(key))
+            self._early.setdefault(key, []).append(envelope)
+
+    def _give_up_early(self, key: str) -> None:
+        """The actor has not come: it was stopped before this process took over, or its spawner is gone."""
+        from .runner import make_tombstone
+
+        if key in self._early:
+            self.add_actor(key, make_tombstone(self, key, f"it has not come to this process within {EARLY_S:g} s"))
 
     def add_actor(self, key: str, runner: ActorRunner) -> None:
         """Register an actor, and hand it what arrived before it."""
         self.actors[key] = runner
+        # An actor ends with its owner's process, so this one has to hear of that.
+        self.link(runner.owner)
         for envelope in self._early.pop(key, ()):
             runner.put(envelope)
 
@@ -331,6 +383,9 @@ class LocalProc:
             return
         self.send(lane.proc, [wire.PROBE, lane.actor, proc, origin, wait_id])
 
+    def _on_waits(self, envelope: wire.Envelope) -> None:
+        self.waits.on_probe(envelope)
+
     def _on_lease(self, envelope: wire.Envelope) -> None:
         self.attachments.on_lease_returned(envelope[1], envelope[2])
 
@@ -347,9 +402,75 @@ class LocalProc:
 
     def _on_up(self, fields: dict[str, Any]) -> None:
         self.link(fields["proc"]).open(self.context, f"ipc://{fields['path']}")
+        self.supervisor.on_up(fields["proc"])
 
     def _on_died(self, fields: dict[str, Any]) -> None:
-        self.mark_gone(fields["proc"], unpack_failure(fields["failure"]))
+        self.on_died(fields["proc"], unpack_failure(fields["failure"]), fields["next"])
+
+    def on_died(self, proc: str, failure: MeshFailure, following: str | None) -> None:
+        """A process is gone; ``following`` is what messages to its place wait for from now on (I/O thread)."""
+        if proc in self.gone:
+            return
+        if following is not None:
+            with self.places_lock:
+                link = self.links.get(proc)
+                if link is not None and not link.was_open:
+                    self._rename_link(link, following)
+                else:
+                    # Before anybody else here finds the new address: an actor comes before what is sent to it.
+                    self.supervisor.spawn_again(proc, following)
+                self.on_replaced(proc, following)
+        self.mark_gone(proc, failure)
+        self.supervisor.on_proc_died(proc, failure, following)
+
+    def wait_gone(self, proc: str, timeout_s: float) -> MeshFailure | None:
+        """Block until ``proc`` is known to be dead; return how it died, or None where it seems to live."""
+        heard = threading.Event()
+        callback = partial(_set_if_same, heard, proc)
+        self.on_gone.append(callback)
+        try:
+            if proc not in self.gone:
+                heard.wait(timeout_s)
+        finally:
+            self.on_gone.remove(callback)
+        return self.gone.get(proc)
+
+    def _rename_link(self, link: Link, proc: str) -> None:
+        """Nothing has been sent over it yet: what is held goes to the next incarnation instead."""
+        old = link.proc
+        with self._create_lock:
+            link.proc = proc
+            del self.links[old]
+            # The next incarnation may have been heard of, and answered, before the end of this one.
+            known = self.links.setdefault(proc, link)
+            if known is not link:
+                link.forward_to(known)
+            for key in [key for key in self.lanes if key[0] == old]:
+                lane = self.lanes.pop(key)
+                lane.proc = proc
+                self.lanes[(proc, *key[1:])] = lane
+        self.attachments.on_holder_renamed(old, proc)
+
+    def _on_filled(self, proc: str, following: str) -> None:
+        """Another process has started a rank again that was lost for good."""
+        if incarnation_of(following) > incarnation_of(self.resolve(place_of(proc))):
+            with self.places_lock:
+                self.supervisor.spawn_again(proc, following)
+                self.on_replaced(proc, following)
+
+    def on_replaced(self, proc: str, following: str) -> None:
+        """What is sent to the place of ``proc`` goes to ``following`` from now on (I/O thread)."""
+        place = place_of(proc)
+        if incarnation_of(following) > incarnation_of(self.resolve(place)):
+            self._current[place] = following
+            self.epoch += 1
+
+    def rename(self, proc_id: str, path: str) -> None:
+        """Take another address; nobody has heard of the old one (I/O thread)."""
+        self._pull.bind(f"ipc://{path}")
+        self.links[proc_id] = self.links.pop(self.proc_id)
+        self.links[proc_id].proc = self.proc_id = proc_id
+        self.attachments.rename(proc_id)
 
     def mark_gone(self, proc: str, failure: MeshFailure) -> None:
         """Fail everything that waits for ``proc`` (I/O thread)."""
@@ -364,6 +485,7 @@ class LocalProc:
         for port, sink in list(self.ports.items()):
             if sink.on_gone(proc, failure):
                 self.ports.pop(port, None)
+                self.supervisor.on_told(failure)
         for runner in list(self.actors.values()):
             runner.on_caller_gone(proc)
         self.attachments.on_proc_gone(proc)
@@ -426,6 +548,12 @@ class LocalProc:
         wire.MORE: _to_actor,
         wire.CREDIT: _on_credit,
         wire.PROBE: _on_probe,
+        wire.WAITS: _on_waits,
         wire.LEASE: _on_lease,
         wire.EVENT: _on_event,
     }
+
+
+def _set_if_same(heard: threading.Event, wanted: str, proc: str, _failure: MeshFailure) -> None:
+    if proc == wanted:
+        heard.set()

@@ -36,12 +36,25 @@ _skipped: list[tuple[str, frozenset[str], str]] = []
 def pytest_configure(config: pytest.Config) -> None:
     """Keep this run's files apart from those of other jobs of the same user, and know its processes."""
     mark_environment()
+    # Read once per process, when triton is imported, which tests of several folders do.
+    if "gpu" not in available_markers():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ["DANAUS_SOCKET_DIR"] = _private_dir
     os.environ["DANAUS_LOG_DIR"] = os.path.join(_private_dir, "logs")
+    # Else a rank lost at the end of a test would end pytest.
+    danaus.unhandled_fault_hook = lambda failure: None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_private_dir, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def unhandled(monkeypatch: pytest.MonkeyPatch) -> list[danaus.MeshFailure]:
+    """Losses that nobody handled in this test; they would end a script."""
+    seen: list[danaus.MeshFailure] = []
+    monkeypatch.setattr(danaus, "unhandled_fault_hook", seen.append)
+    return seen
 
 
 @pytest.fixture(scope="session", autouse=True)

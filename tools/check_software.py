@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
-import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.host.devices import GpuInventory, read_gpus
+from ..runtime.host.stack_taker import find_py_spy
+from ..runtime.host.stacks import PR_SET_PTRACER
 from .check import Check, Status
 
 if TYPE_CHECKING:
@@ -128,11 +131,40 @@ def check_gpus(found: GpuInventory, torch: dict[str, Any] | None) -> Check:
 
 
 def check_py_spy() -> Check:
-    """py-spy, which reads the stacks of stuck processes."""
-    beside = Path(sys.executable).with_name("py-spy")
-    if not beside.exists() and shutil.which("py-spy") is None:
+    """py-spy, which reads the stacks of stuck processes: whether it is there, and may look at another process."""
+    path = find_py_spy()
+    if path is None:
         return Check("py-spy", Status.ABSENT, "not installed", "pip install 'danaus[jobs]' (stacks of stuck processes)")
-    return Check("py-spy", Status.OK, installed_version("py-spy") or "installed")
+    version = installed_version("py-spy") or "installed"
+    error = _try_py_spy(path)
+    if error:
+        fix = (
+            "docker: --cap-add SYS_PTRACE; until then stuck processes print their stacks themselves, stopped ones none"
+        )
+        return Check("py-spy", Status.WARNING, f"{version}, but it cannot look at another process: {error}", fix)
+    return Check("py-spy", Status.OK, f"{version}, can look at other processes")
+
+
+def _try_py_spy(path: str) -> str:
+    """Have py-spy look at a Python that waits; return why it could not."""
+    code = f"from ctypes import CDLL; CDLL(None).prctl({PR_SET_PTRACER}, {os.getpid()}, 0, 0, 0); print(); input()"
+    target = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert target.stdout is not None
+        target.stdout.readline()
+        command = [path, "dump", "--nonblocking", "--json", "--pid", str(target.pid)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    finally:
+        target.communicate()
+    reason = done.stderr.strip().partition("\n")[0].removeprefix("Error: ")
+    return "" if done.returncode == 0 else reason or f"exit code {done.returncode}"
 
 
 def installed_version(package: str) -> str | None:

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from .future import Future
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from ..errors import DanausError
+    from ..messages.link import Lane
 
 T = TypeVar("T")
 
@@ -27,7 +30,7 @@ class Accumulator(Generic[T]):
     def accumulate(self, *args: Any, **kwargs: Any) -> Future[T]:
         """Call every rank; return a future of the folded value, which fails with the first error."""
         arrivals = list(self._endpoint.stream(*args, **kwargs))
-        folded: Future[T] = Future(f"accumulation over {self._endpoint!r}")
+        folded: Future[T] = _Folded(f"accumulation over {self._endpoint!r}", arrivals)
 
         def fold() -> T:
             result = self._identity
@@ -42,3 +45,19 @@ class Accumulator(Generic[T]):
         for arrival in arrivals[-1:]:
             arrival._when_done(lambda: folded._resolve(fold))
         return folded
+
+
+class _Folded(Future[T]):
+    """Waits for what the last of its arrivals waits for."""
+
+    __slots__ = ("_arrivals",)
+
+    def __init__(self, describe: str, arrivals: list[Future[Any]]) -> None:
+        super().__init__(describe)
+        self._arrivals = arrivals
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        return self._arrivals[-1]._waits_for()
+
+    def _call_off(self, error: DanausError) -> None:
+        self._arrivals[-1]._call_off(error)

@@ -37,9 +37,10 @@ class _Adverbs(Caller):
         on_error: Literal["first", "all"] = "first",
         reduce: Any = None,
         session: object = None,
+        retries: int = 0,
     ) -> Any:
         """Return the same endpoint with other options (see :class:`CallOptions`)."""
-        options = CallOptions(timeout=timeout, on_error=on_error, reduce=reduce, session=session)
+        options = CallOptions(timeout=timeout, on_error=on_error, reduce=reduce, session=session, retries=retries)
         return type(self)(self._mesh, self._spec, options, self._flags)
 
     def _lanes(self, proc: LocalProc) -> list[Lane]:
@@ -215,6 +216,7 @@ if TYPE_CHECKING:
             on_error: Literal["first", "all"] = ...,
             reduce: Any = ...,
             session: object = ...,
+            retries: int = ...,
         ) -> Endpoint[P, R]: ...
         def call(self, *args: P.args, **kwargs: P.kwargs) -> Future[ValueMesh[R]]: ...
         def call_one(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]: ...

@@ -15,6 +15,7 @@ from ..messages.payload import Payload, dump
 from .future import in_event_loop
 from .reduction import reducer
 from .replies import Call, gone_error
+from .retry import Retry
 from .scatter import Scatter, scattered
 
 if TYPE_CHECKING:
@@ -36,18 +37,23 @@ class CallOptions:
         on_error: ``"first"`` fails a call with its first error; ``"all"`` returns each rank's outcome, errors too.
         reduce: Name of an operation, or a function of two values, that joins a call's values in rank order.
         session: What ``choose`` keeps affinity by; see there.
+        retries: How often a rank may be asked again that was lost while it had the call, and that a policy starts
+            again. Only for endpoints that are declared ``@endpoint(idempotent=True)``.
     """
 
     timeout: float | None = None
     on_error: Literal["first", "all"] = "first"
     reduce: Any = None
     session: object = None
+    retries: int = 0
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"options(timeout={self.timeout!r}): expected seconds above zero, or None")
         if self.on_error not in {"first", "all"}:
             raise ValueError(f'options(on_error={self.on_error!r}): expected "first" or "all"')
+        if type(self.retries) is not int or self.retries < 0:
+            raise ValueError(f"options(retries={self.retries!r}): expected a number, 0 or more")
         if self.reduce is not None:
             reducer(self.reduce)
             if self.on_error == "all":
@@ -62,6 +68,11 @@ class Caller:
         self._name = f"{mesh.name}.{spec.name}"
         self._implied_credit = not (spec.is_stream or spec.options.explicit_response_port)
         self._is_simple = self._implied_credit and options == CallOptions()
+        if options.retries and not (spec.options.idempotent and self._implied_credit):
+            raise ValueError(
+                f"{self._name}.options(retries={options.retries}): the endpoint may run twice then; declare it "
+                "@endpoint(idempotent=True) if that does no harm (generators and explicit ports cannot be)"
+            )
 
     def __call__(self, *_args: object, **_kwargs: object) -> Any:
         raise TypeError(
@@ -97,6 +108,8 @@ class Caller:
         extent = self._mesh.extent
         shape = (extent.labels, extent.sizes) if extent.labels else None
         if sink is not None:
+            if options.retries:
+                call.retry = Retry(self._spec.name, shape, flags, payloads, options.retries, len(lanes))
             proc.ports[port] = sink
         outs = self._snapshots(proc, payloads, lanes)
         call.size_bytes = outs[0].size_bytes if outs else 0

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from ..errors import CallCancelledError
+from ..interrupts import acquire_noticing
+from ..supervision.slots import NOTE_AFTER_S, task_slot, thread_slot
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Sequence
     from contextvars import Context
+
+    from ..errors import DanausError
+    from ..messages.link import Lane
 
 R = TypeVar("R", covariant=True)
 
@@ -106,11 +112,17 @@ class Future(Generic[R]):
                     arrived.set_result(None)
 
             self._when_done(lambda: call_soon(loop, wake))
+            slot = task_slot(asyncio)
+            if slot is not None:
+                slot.on_await(self, loop)
             try:
                 await arrived
             except asyncio.CancelledError:
                 self.cancel()
                 raise
+            finally:
+                if slot is not None:
+                    slot.on_awaited()
         return self._outcome()
 
     def as_asyncio(self) -> asyncio.Future[R]:
@@ -168,8 +180,38 @@ class Future(Generic[R]):
         arrived = threading.Lock()
         arrived.acquire()
         self._when_done(arrived.release)
-        if not arrived.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
+        since_s = time.time()
+        limit_s = NOTE_AFTER_S if timeout is None else min(timeout, NOTE_AFTER_S)
+        try:
+            has_arrived = arrived.acquire(timeout=limit_s) or self._wait_on(arrived, timeout, since_s)
+        except BaseException:
+            # Ctrl-C, or what else a signal's handler raises: who waited gives up, as a cancelled `await` does.
+            self.cancel()
+            raise
+        if not has_arrived:
             raise TimeoutError(f"{self.describe()}: nothing after {timeout:g} s; it goes on, ask again or cancel it")
+
+    def _wait_on(self, arrived: threading.Lock, timeout: float | None, since_s: float) -> bool:
+        """Wait for the rest of ``timeout``, as part of the wait-for graph where this blocks an actor's slot."""
+        rest_s = -1.0 if timeout is None else min(max(0.0, timeout - NOTE_AFTER_S), threading.TIMEOUT_MAX)
+        slot = thread_slot()
+        noted = None if slot is None else slot.note(self, since_s)
+        try:
+            return acquire_noticing(arrived, rest_s)
+        finally:
+            if slot is not None and noted is not None:
+                slot.forget(noted)
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        """The actors that all have to answer before this is done, with the port that they answer to."""
+        return ()
+
+    def _call_off(self, error: DanausError) -> None:
+        """Fail with ``error``, and tell the actors that nobody waits any more (I/O thread)."""
+        if not self.done():
+            # Called off before the caller hears of it: what the caller does next comes after it at the actor.
+            self._on_cancelled()
+            self._reject(error)
 
     def _outcome(self) -> Any:
         load = self._load

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
-from ..errors import CallTimeoutError
+from ..errors import CallTimeoutError, DanausError
 from ..invoke import ITEM_WINDOW
 from ..messages import wire
+from ..supervision.slots import NOTE_AFTER_S, task_slot, thread_slot
 from .future import call_soon, refuse_inside_loop
 from .replies import Call, gone_error, load_reply, raise_error
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..failure import MeshFailure
     from ..messages.attachment import Incoming
+    from ..messages.link import Lane
 
 R = TypeVar("R")
 _MORE_AT: Final = ITEM_WINDOW // 2
@@ -57,9 +60,40 @@ class _Items:
 
     def on_timeout(self, timeout_s: float) -> None:
         """End with a timeout and close the generator (I/O thread)."""
+        error = CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))
+        self._call_off(error, overdue_s=timeout_s)
+
+    def wait(self) -> None:
+        """Block until something has arrived."""
+        since_s = time.time()
+        with self.changed:
+            if self.changed.wait_for(lambda: self.arrived, NOTE_AFTER_S):
+                return
+        slot = thread_slot()
+        noted = None if slot is None else slot.note(self, since_s)
+        try:
+            with self.changed:
+                self.changed.wait_for(lambda: self.arrived)
+        finally:
+            if slot is not None and noted is not None:
+                slot.forget(noted)
+
+    # what the wait-for graph asks (see slots.py):
+
+    def describe(self) -> str:
+        """What is awaited, as text."""
+        return f"an item of {self.call.endpoint}"
+
+    def done(self) -> bool:
+        """Whether the next item need not be waited for."""
+        return bool(self.arrived)
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        return [(self.call.lanes[0], self.call.port)]
+
+    def _call_off(self, error: DanausError, *, overdue_s: float = 0.0) -> None:
         if not self.is_over:
-            error = CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,))
-            self.close()
+            self.close(overdue_s=overdue_s)
             self._fail(partial(raise_error, error))
 
     def _fail(self, load: Callable[[], Any]) -> None:
@@ -82,12 +116,12 @@ class _Items:
         """Let whoever waits for an item see that none will come."""
         self._put(True, _end)
 
-    def close(self) -> None:
+    def close(self, *, overdue_s: float = 0.0) -> None:
         """Tell the actor to close its generator."""
         if not self.is_over:
             self.is_over = True
             self.call.forget()
-            self.call.cancel_slots([0])
+            self.call.cancel_slots([0], overdue_s=overdue_s)
 
 
 class ItemStream(Generic[R]):
@@ -112,8 +146,7 @@ class ItemStream(Generic[R]):
         items = self._items
         if not items.arrived:
             refuse_inside_loop(repr(self), "async for")
-            with items.changed:
-                items.changed.wait_for(lambda: items.arrived)
+            items.wait()
         return self._open(items.arrived.popleft(), StopIteration)
 
     def __aiter__(self) -> AsyncIterator[R]:
@@ -126,11 +159,18 @@ class ItemStream(Generic[R]):
         while not items.arrived:
             import asyncio
 
-            event = asyncio.Event()
+            event, loop = asyncio.Event(), asyncio.get_running_loop()
             with items.changed:
-                items.waiter = asyncio.get_running_loop(), event
-            if not items.arrived:
-                await event.wait()
+                items.waiter = loop, event
+            slot = task_slot(asyncio)
+            if slot is not None:
+                slot.on_await(items, loop)
+            try:
+                if not items.arrived:
+                    await event.wait()
+            finally:
+                if slot is not None:
+                    slot.on_awaited()
         return self._open(items.arrived.popleft(), StopAsyncIteration)
 
     def _open(self, item: tuple[bool, Callable[[], Any]], end: type[Exception]) -> R:

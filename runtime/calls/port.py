@@ -16,6 +16,7 @@ from .future import Future
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..errors import SupervisionError
     from ..failure import MeshFailure
     from ..messages.attachment import Incoming
 
@@ -55,8 +56,9 @@ class Port(Generic[T]):
 class _Queue:
     """The sink behind a receiver; the receiver's end removes it."""
 
-    def __init__(self, once: bool) -> None:
-        self.once = once
+    def __init__(self, proc: str, once: bool) -> None:
+        self.proc, self.once = proc, once
+        self.failure: MeshFailure | None = None
         self.lock = threading.Lock()
         self.arrived: deque[Callable[[], Any]] = deque()
         self.waiting: deque[Future[Any]] = deque()
@@ -72,8 +74,22 @@ class _Queue:
             self.arrived.append(load)
         return self.once
 
-    def on_gone(self, _proc: str, _failure: MeshFailure) -> bool:
-        return False
+    def on_gone(self, proc: str, failure: MeshFailure) -> bool:
+        if proc != self.proc:
+            return False
+        # The runtime of this process itself has ended: nothing arrives any more.
+        with self.lock:
+            self.failure = failure
+            while self.waiting:
+                future = self.waiting.popleft()
+                future._reject(self.error(future.describe()))
+        return True
+
+    def error(self, name: str) -> SupervisionError:
+        from .replies import gone_error
+
+        assert self.failure is not None
+        return gone_error(self.failure, name)
 
 
 class PortReceiver(Generic[T]):
@@ -88,6 +104,8 @@ class PortReceiver(Generic[T]):
         with self._queue.lock:
             if self._queue.arrived:
                 future._resolve(self._queue.arrived.popleft())
+            elif self._queue.failure is not None:
+                future._reject(self._queue.error(self._name))
             else:
                 self._queue.waiting.append(future)
         return future
@@ -122,7 +140,7 @@ class Channel(Generic[T]):
         """
         proc = local_proc()
         number = proc.next_port()
-        queue = _Queue(once)
+        queue = _Queue(proc.proc_id, once)
         proc.ports[number] = queue
         receiver: PortReceiver[Any] = PortReceiver(queue, f"port {proc.proc_id}:{number}")
         weakref.finalize(receiver, proc.ports.pop, number, None).atexit = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from ..context import local_proc
 from ..errors import ActorError, CallTimeoutError, DanausError, MessageError, StoppedError, SupervisionError
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from ..messages.link import Lane
     from ..proc import LocalProc
     from ..shapes.shape import Region
+    from .retry import Retry
 
 R = TypeVar("R")
+
+LOSS_S: Final = 1.0
+"""How long to wait for the word of a death that something else has shown already."""
 
 
 def load_reply(endpoint: str, status: int, body: bytes | None, incoming: Incoming | None) -> Any:
@@ -34,6 +38,11 @@ def load_reply(endpoint: str, status: int, body: bytes | None, incoming: Incomin
         try:
             return load_body(body, incoming)
         except Exception as error:
+            owner = incoming.owner if incoming is not None and isinstance(error, OSError) else None
+            failure = None if owner is None else local_proc().wait_gone(owner, LOSS_S)
+            if failure is not None:
+                # Its process died after it had answered, and the answer's memory went with it.
+                raise gone_error(failure, endpoint) from None
             import traceback
 
             text = f"the reply could not be loaded here\n{''.join(traceback.format_exception(error))}"
@@ -59,7 +68,7 @@ def gone_error(failure: MeshFailure, endpoint: str | None) -> SupervisionError:
 class Call:
     """What all sinks share: the lanes asked, what each message cost in credit, and how to call them off."""
 
-    __slots__ = ("endpoint", "implied_credit", "lanes", "port", "proc", "size_bytes", "slot_sizes")
+    __slots__ = ("endpoint", "implied_credit", "lanes", "port", "proc", "retry", "size_bytes", "slot_sizes")
 
     def __init__(self, proc: LocalProc, endpoint: str, lanes: list[Lane], *, implied_credit: bool) -> None:
         self.proc, self.endpoint, self.lanes = proc, endpoint, lanes
@@ -67,6 +76,7 @@ class Call:
         self.size_bytes = 0
         self.slot_sizes: list[int] | None = None
         self.implied_credit = implied_credit
+        self.retry: Retry | None = None
 
     def on_answered(self, slot: int) -> None:
         """The slot's last reply is there: its message is handled, so its credit is back."""
@@ -75,17 +85,21 @@ class Call:
             size_bytes = self.size_bytes if self.slot_sizes is None else self.slot_sizes[slot]
             self.lanes[slot].give_back(1, size_bytes)
 
-    def cancel_slots(self, slots: list[int]) -> None:
-        """Tell the actors at ``slots`` that nobody waits any more."""
+    def cancel_slots(self, slots: list[int], *, overdue_s: float = 0.0) -> None:
+        """Tell the actors at ``slots`` that nobody waits any more; ``overdue_s``: for the time, which was so much."""
         for slot in slots:
             lane = self.lanes[slot]
             unsent = lane.take_back(self.port)
             if unsent is not None:
                 self.proc.attachments.take_back(unsent, lane.proc)
             elif lane.proc not in self.proc.gone:
-                self.proc.send(lane.proc, [wire.CANCEL, lane.actor, self.proc.proc_id, self.port])
+                self.proc.send(lane.proc, [wire.CANCEL, lane.actor, self.proc.proc_id, self.port, overdue_s])
                 # Credit is counted by the I/O thread alone.
                 self.proc.run_soon(partial(self.on_answered, slot))
+
+    def waits_for(self, slots: list[int]) -> list[tuple[Lane, int]]:
+        """The actors at ``slots``, with the port that they answer to; none where somebody else may answer for them."""
+        return [(self.lanes[slot], self.port) for slot in slots] if self.implied_credit else []
 
     def forget(self) -> None:
         """Stop listening."""
@@ -111,6 +125,15 @@ class Call:
             self.cancel_slots(list(range(num_sent)))
 
 
+class _Question(Call):
+    """A PING or STOP, which every actor answers for itself, though it spends no credit."""
+
+    __slots__ = ()
+
+    def waits_for(self, slots: list[int]) -> list[tuple[Lane, int]]:
+        return [(self.lanes[slot], self.port) for slot in slots if self.lanes[slot].actor]
+
+
 class OneReply(Future[R]):
     """The future of a call to one rank; its own sink."""
 
@@ -123,6 +146,8 @@ class OneReply(Future[R]):
     def on_reply(self, _slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
         """Take the reply (I/O thread)."""
         call = self.call
+        if call.retry is not None and status == wire.GONE and call.retry.after_reply(call, 0, body):
+            return False
         if call.implied_credit:
             # A cancellation on its way gives nothing back a second time.
             call.implied_credit = False
@@ -132,14 +157,21 @@ class OneReply(Future[R]):
 
     def on_gone(self, proc: str, failure: MeshFailure) -> bool:
         """Fail, if it was this call's process (I/O thread)."""
-        return proc == self.call.lanes[0].proc and self._reject(gone_error(failure, self.call.endpoint))
+        call = self.call
+        if proc != call.lanes[0].proc or (call.retry is not None and call.retry.after_loss(call, 0, failure)):
+            return False
+        return self._reject(gone_error(failure, call.endpoint))
 
     def on_timeout(self, timeout_s: float) -> None:
         """Fail and call it off (I/O thread)."""
         if not self.done():
             # Called off before the caller hears of it: what the caller does next comes after it at the actor.
-            self._on_cancelled()
+            self.call.forget()
+            self.call.cancel_slots([0], overdue_s=timeout_s)
             self._reject(CallTimeoutError(self.call.endpoint, timeout_s, (self.call.lanes[0].name,)))
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        return self.call.waits_for([0])
 
     def _on_cancelled(self) -> None:
         self.call.forget()
@@ -167,14 +199,20 @@ class Gather:
         """Take one rank's reply (I/O thread)."""
         if self.loads[slot] is not None:
             return False
+        retry = self.call.retry
+        if retry is not None and status == wire.GONE and retry.after_reply(self.call, slot, body):
+            return False
         self.call.on_answered(slot)
         return self._take(slot, partial(load_reply, self.call.endpoint, status, body, incoming), status == wire.OK)
 
     def on_gone(self, proc: str, failure: MeshFailure) -> bool:
         """Fail what the dead process owed (I/O thread)."""
         is_done = False
+        retry = self.call.retry
         for slot, lane in enumerate(self.call.lanes):
             if lane.proc == proc and self.loads[slot] is None:
+                if retry is not None and retry.after_loss(self.call, slot, failure):
+                    continue
                 is_done |= self._take(slot, partial(raise_error, gone_error(failure, self.call.endpoint)), False)
         return is_done
 
@@ -207,7 +245,7 @@ class Gather:
         names = tuple(self.call.lanes[slot].name for slot in slots)
         if not self.future.done():
             self.call.forget()
-            self.call.cancel_slots(slots)
+            self.call.cancel_slots(slots, overdue_s=timeout_s)
             self.future._reject(CallTimeoutError(self.call.endpoint, timeout_s, names))
 
 
@@ -217,6 +255,9 @@ class _GatherFuture(Future[Any]):
     def __init__(self, gather: Gather) -> None:
         super().__init__(gather.call.endpoint)
         self.gather = gather
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        return self.gather.call.waits_for(self.gather.missing_slots())
 
     def _on_cancelled(self) -> None:
         self.gather.call.forget()
@@ -228,7 +269,7 @@ def ask_all(
 ) -> Future[None]:
     """Send a PING or STOP to each lane; return a future that is there when all have answered."""
     proc = local_proc()
-    call = Call(proc, what, lanes, implied_credit=False)
+    call = _Question(proc, what, lanes, implied_credit=False)
     gather = Gather(call, region, on_error=on_error, finish=_nothing)
     proc.ports[call.port] = gather
     for slot, lane in enumerate(lanes):
@@ -251,7 +292,9 @@ class Arrivals(Generic[R]):
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.futures: list[Future[R]] = [Future(call.endpoint) for _ in call.lanes]
+        self.futures: list[Future[R]] = [Future(call.endpoint) for _ in call.lanes[1:]]
+        if call.lanes:
+            self.futures.append(_LastArrival(self))
         self._answered: set[int] = set()
 
     def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
@@ -270,18 +313,42 @@ class Arrivals(Generic[R]):
 
     def on_timeout(self, timeout_s: float) -> None:
         """Resolve the rest with a timeout and call them off (I/O thread)."""
-        slots = [slot for slot in range(len(self.futures)) if slot not in self._answered]
-        error = CallTimeoutError(self.call.endpoint, timeout_s, tuple(self.call.lanes[slot].name for slot in slots))
+        names = tuple(self.call.lanes[slot].name for slot in self.missing_slots())
+        self.call_off(CallTimeoutError(self.call.endpoint, timeout_s, names), overdue_s=timeout_s)
+
+    def call_off(self, error: DanausError, *, overdue_s: float = 0.0) -> None:
+        """Resolve the rest with ``error`` and call them off (I/O thread)."""
+        slots = self.missing_slots()
         self.call.forget()
-        self.call.cancel_slots(slots)
+        self.call.cancel_slots(slots, overdue_s=overdue_s)
         for slot in slots:
             self._take(slot, partial(raise_error, error))
+
+    def missing_slots(self) -> list[int]:
+        """Slots that have not answered."""
+        return [slot for slot in range(len(self.futures)) if slot not in self._answered]
 
     def _take(self, slot: int, load: Callable[[], R]) -> bool:
         index = len(self._answered)
         self._answered.add(slot)
         self.futures[index]._resolve(load)
         return index + 1 == len(self.futures)
+
+
+class _LastArrival(Future[Any]):
+    """The last future of a ``stream``: the only one that needs every rank, where the others need any."""
+
+    __slots__ = ("arrivals",)
+
+    def __init__(self, arrivals: Arrivals[Any]) -> None:
+        super().__init__(arrivals.call.endpoint)
+        self.arrivals = arrivals
+
+    def _waits_for(self) -> Sequence[tuple[Lane, int]]:
+        return self.arrivals.call.waits_for(self.arrivals.missing_slots())
+
+    def _call_off(self, error: DanausError) -> None:
+        self.arrivals.call_off(error)
 
 
 def raise_error(error: DanausError) -> Any:

@@ -11,10 +11,8 @@ of its own. A group that covers all procs lends it its backends.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -23,20 +21,24 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..context import is_running, local_proc
-from ..errors import ActorError, DanausError
-from .store import store_in
+from .runtime_store import RuntimeStore
+from .sockets import own_listeners
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from ..calls.future import Future
+    from .sockets import Address
 
 LOOPBACK: Final = "127.0.0.1"
 BOTH: Final = "cpu:gloo,cuda:nccl"
+GLOO_KEYS: Final = "gloo/"
+"""What the names of Gloo's keys in a group's store begin with."""
 
-_SPARE_S: Final = 10.0
-"""How much longer than a store's own limit its proc may take to answer."""
+_FIRST_SPARE_TYPE: Final = 10
+"""Torch keeps one backend per number of a type; from here on no type of its own has a number."""
+
+MAX_RENEWALS: Final = 120
+"""How often a group may be renewed: the numbers of types are one byte, and each time takes two."""
 
 # Private to torch, or missing in its type stubs.
 _tables: Any = distributed_c10d
@@ -44,113 +46,9 @@ _Gloo: Any = dist.ProcessGroupGloo
 
 _Types = dist.ProcessGroup.BackendType
 _lock = threading.RLock()
+_device_lock = threading.Lock()
 _default: tuple[dist.ProcessGroup, Store] | None = None
 _lender: dist.ProcessGroup | None = None
-
-
-def wait_here(future: Future[Any]) -> Any:
-    """Block for ``future``, also on a thread whose event loop runs: forming a group blocks, as its collectives do."""
-    loop = asyncio._get_running_loop()
-    asyncio._set_running_loop(None)
-    try:
-        return future.get()
-    finally:
-        asyncio._set_running_loop(loop)
-
-
-class RuntimeStore(Store):
-    """A space of keys in a proc's store actor, as torch's Store.
-
-    Whoever uses it keeps it alive: known to C++ alone, a store loses its Python methods. Every method raises
-    ``DistStoreError`` where the serving proc is gone, the group has ended or the time is over.
-
-    Args:
-        proc_id: The serving proc.
-        space: Name of the space.
-        timeout_s: How long ``get`` and ``wait`` wait for a key.
-    """
-
-    if TYPE_CHECKING:
-        timeout: timedelta
-
-    def __init__(self, proc_id: str, space: str, *, timeout_s: float) -> None:
-        super().__init__()
-        self._proc_id, self._space = proc_id, space
-        self._server = store_in(proc_id)
-        self._runtime = local_proc()
-        self._clones: list[RuntimeStore] = []
-        self.set_timeout(timedelta(seconds=timeout_s))
-        self.limit_s: float | None = timeout_s
-        """No wait lasts longer than this, whatever the caller says; set while a group forms."""
-
-    def _ask(self, method: str, *args: Any, timeout_s: float = 0.0) -> Any:
-        if not is_running(self._runtime):
-            raise dist.DistStoreError(f"store of {self._space}: the runtime of this process has ended")
-        try:
-            call = getattr(self._server, method).options(timeout=timeout_s + _SPARE_S)
-            return wait_here(call.call_one(self._space, *args))
-        except ActorError as error:
-            raise dist.DistStoreError(f"store of {self._space}: {error.exception or error}") from None
-        except DanausError as error:
-            raise dist.DistStoreError(f"store of {self._space} in {self._proc_id}: {error}") from error
-
-    def _limited(self, timeout: timedelta | None) -> float:
-        asked_s = (self.timeout if timeout is None else timeout).total_seconds()
-        return asked_s if self.limit_s is None else min(asked_s, self.limit_s)
-
-    def set(self, key: str, value: str | bytes) -> None:
-        self.multi_set([key], [value])
-
-    def multi_set(self, keys: Sequence[str], values: Sequence[str | bytes]) -> None:
-        self._ask("put", {key: _as_bytes(value) for key, value in zip(keys, values, strict=True)})
-
-    def get(self, key: str) -> bytes:
-        return self.multi_get([key])[0]
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        timeout_s = self._limited(None)
-        return self._ask("get", list(keys), timeout_s, timeout_s=timeout_s)
-
-    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
-        timeout_s = self._limited(timeout)
-        self._ask("wait", list(keys), timeout_s, timeout_s=timeout_s)
-
-    def add(self, key: str, value: int) -> int:
-        return self._ask("add", key, value)
-
-    def append(self, key: str, value: str | bytes) -> None:
-        self._ask("append", key, _as_bytes(value))
-
-    def compare_set(self, key: str, expected_value: str | bytes, desired_value: str | bytes) -> bytes:
-        return self._ask("compare_set", key, _as_bytes(expected_value), _as_bytes(desired_value))
-
-    def check(self, keys: Sequence[str]) -> bool:
-        return set(self.list_keys()) >= set(keys)
-
-    def list_keys(self) -> list[str]:
-        return self._ask("keys")
-
-    def num_keys(self) -> int:
-        return len(self.list_keys())
-
-    def delete_key(self, key: str) -> bool:
-        return self._ask("delete", key)
-
-    def has_extended_api(self) -> bool:
-        return True
-
-    def clone(self) -> RuntimeStore:
-        timeout_s = self.timeout.total_seconds()
-        self._clones.append(RuntimeStore(self._proc_id, self._space, timeout_s=timeout_s))
-        return self._clones[-1]
-
-    # The names that C++ looks for.
-    getNumKeys = num_keys  # noqa: N815
-    deleteKey = delete_key  # noqa: N815
-
-
-def _as_bytes(value: str | bytes) -> bytes:
-    return value.encode() if isinstance(value, str) else bytes(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,26 +83,39 @@ def resolve_backend(backend: str | None) -> str:
     return backend
 
 
-def make_group(recipe: Recipe, store: RuntimeStore, hosts: Sequence[str]) -> dist.ProcessGroup:
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a group's Gloo connections are accepted: one per group, so that its port tells them from all others."""
+
+    handle: Any
+    listener: Address
+
+
+def open_device() -> Device:
+    """Listen for the other members."""
+    with _device_lock:
+        while True:
+            before = own_listeners(LOOPBACK)
+            handle = _Gloo.create_device(hostname=LOOPBACK)
+            new = own_listeners(LOOPBACK) - before
+            # Code of the user's may have begun to listen at the same moment.
+            if len(new) == 1:
+                return Device(handle, new.pop())
+
+
+def make_group(recipe: Recipe, store: RuntimeStore, device: Device) -> dist.ProcessGroup:
     """Connect to the other members, who do the same, and enter the group in torch's tables.
 
     Raises:
         RuntimeError: A member is gone, or did not connect in time (``DistStoreError``, from the store).
     """
-    size = len(recipe.ranks)
     # A plain ProcessGroup: in a Python subclass, torch holds the GIL while it runs what the subclass does not override,
-    # and Gloo's threads need the GIL to end. A later generation can register its backend under a fresh BackendType,
-    # which torch then uses for the device.
-    group = dist.ProcessGroup(store, recipe.rank, size)
-    has_nccl = "nccl" in recipe.backend
-    group._set_default_backend(_Types.NCCL if has_nccl else _Types.GLOO)
-    if "gloo" in recipe.backend:
-        gloo = _make_gloo(recipe, PrefixStore("gloo/", store), hosts)
-        for device in ("cpu",) if has_nccl or not torch.cuda.is_available() else ("cpu", "cuda"):
-            group._register_backend(torch.device(device), _Types.GLOO, gloo)
-    if has_nccl:
-        nccl = _make_nccl(recipe, PrefixStore("nccl/", store))
-        group._register_backend(torch.device("cuda"), _Types.NCCL, nccl)
+    # and Gloo's threads need the GIL to end.
+    group = dist.ProcessGroup(store, recipe.rank, len(recipe.ranks))
+    group._set_default_backend(_Types.NCCL if "nccl" in recipe.backend else _Types.GLOO)
+    for kind, backend, devices in _make_backends(recipe, store, device):
+        for each in devices:
+            group._register_backend(torch.device(each), kind, backend)
     group._set_group_name(_group_name(recipe.name))
     group._set_group_desc(recipe.label)
     with _lock:
@@ -212,10 +123,54 @@ def make_group(recipe: Recipe, store: RuntimeStore, hosts: Sequence[str]) -> dis
     return group
 
 
-def _make_gloo(recipe: Recipe, store: Store, hosts: Sequence[str]) -> Any:
+def renew_group(group: dist.ProcessGroup, recipe: Recipe, store: RuntimeStore, device: Device, turn: int) -> None:
+    """Connect to the members of the next generation, and let ``group`` use these connections from now on.
+
+    Its old backends stay within it, ended, each with two sleeping threads: torch lets nobody take them out. They hold
+    no descriptor, since all generations share one device.
+
+    Args:
+        group: The group.
+        recipe: What it is made of.
+        store: Where the members of the next generation meet.
+        device: What all of its generations listen with.
+        turn: How often this object is renewed, this time included; at most ``MAX_RENEWALS``.
+
+    Raises:
+        RuntimeError: See :func:`make_group`.
+    """
+    made = _make_backends(recipe, store, device)
+    with _lock:
+        for place, (_, backend, devices) in enumerate(made):
+            kind = _Types(_FIRST_SPARE_TYPE + 2 * turn + place)
+            for each in devices:
+                group._register_backend(torch.device(each), kind, backend)
+                if _lender is group and _default is not None:
+                    _default[0]._register_backend(torch.device(each), kind, backend)
+        _tables._world.pg_map[group] = (_tables._world.pg_map[group][0], store)
+
+
+def _make_backends(recipe: Recipe, store: RuntimeStore, device: Device) -> list[tuple[Any, Any, tuple[str, ...]]]:
+    """Each backend of a group with its type and the devices whose tensors it takes."""
+    has_nccl = "nccl" in recipe.backend
+    made: list[tuple[Any, Any, tuple[str, ...]]] = []
+    if "gloo" in recipe.backend:
+        gloo = _make_gloo(recipe, PrefixStore(GLOO_KEYS, store), device)
+        made.append((_Types.GLOO, gloo, ("cpu",) if has_nccl or not torch.cuda.is_available() else ("cpu", "cuda")))
+    if has_nccl:
+        made.append((_Types.NCCL, _make_nccl(recipe, PrefixStore("nccl/", store)), ("cuda",)))
+    return made
+
+
+def aborts_of(group: dist.ProcessGroup) -> list[Callable[[], object]]:
+    """What ends NCCL's part of the group as it is now; each call may take a while."""
+    backends: list[Any] = [group._get_backend(device) for device in group._device_types]
+    return [backend.abort for backend in backends if backend.name() == "nccl"]
+
+
+def _make_gloo(recipe: Recipe, store: Store, device: Device) -> Any:
     options = _Gloo._Options()
-    # A device per group: its listener's port tells the group's sockets from all others.
-    options._devices = [_Gloo.create_device(hostname=_listen_address(hosts))]
+    options._devices = [device.handle]
     options._timeout = _tables._get_default_timeout(dist.Backend("gloo"))
     options.global_ranks_in_group = list(recipe.ranks)
     options.group_name = _group_name(recipe.name)
@@ -234,15 +189,6 @@ def _make_nccl(recipe: Recipe, store: Store) -> Any:
     # Else a member that cannot join is first noticed by the first collective.
     backend.eager_connect_single_device(torch.device("cuda", torch.cuda.current_device()))
     return backend
-
-
-def _listen_address(hosts: Sequence[str]) -> str:
-    """Address that Gloo listens on: a number, so that no name is looked up."""
-    if len(set(hosts)) > 1:
-        raise RuntimeError(
-            f"Gloo groups over several hosts are not part of this version; the members are on {set(hosts)}"
-        )
-    return LOOPBACK
 
 
 def _enter(group: dist.ProcessGroup, name: str, backend: str, store: Store, ranks: Sequence[int]) -> None:
@@ -301,7 +247,8 @@ def ensure_default(mesh_id: str, rank: int, size: int) -> None:
     """
     with _lock:
         if not dist.is_initialized():
-            store = RuntimeStore(f"{mesh_id}.0", "world", timeout_s=_tables.default_pg_timeout.total_seconds())
+            limit_s = _tables.default_pg_timeout.total_seconds()
+            store = RuntimeStore(f"{mesh_id}.0", "world", timeout_s=limit_s, follows=True)
             store.limit_s = None
             _make_default(rank, size, store)
         elif (dist.get_rank(), dist.get_world_size()) != (rank, size):

@@ -2,23 +2,23 @@
 
 A group is known by its actor mesh, its dimensions and its ranks. Its members meet in a roll call (see store.py) and
 connect through a store in the first member's proc. Each forming is a generation, whose number is part of the store's
-name, so what one generation left behind never meets the next.
+name, so what one generation left behind never meets the next. record.py says what becomes of a group whose member dies.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..address import mesh_of, rank_of
 from ..context import current_instance
-from ..errors import ActorError, CallTimeoutError, SupervisionError
 from ..shapes.dimensions import unknown
+from .registry import record_for, record_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from ..actor_mesh import ActorMesh
     from ..context import ActorInstance
     from ..shapes.shape import Region
-    from .store import Formed, NotFormed
-
-_log = logging.getLogger("danaus")
 
 FORM_LIMIT_S = 60.0
 """How long the members of a group wait for each other, unless told otherwise."""
@@ -40,6 +37,12 @@ def process_group(*dims: str, backend: str | None = None, timeout: float = FORM_
     The members are the ranks that share this rank's place in every other dimension; the order of ``dims`` orders them,
     the last varying fastest. All members have to call this, and it blocks until they have. The same call again returns
     the same object. The group ends with the actor.
+
+    When a member dies, whoever is blocked in a collective of the group gets an error at once, and so does every later
+    use, until the group has formed again with the dead member's next incarnation. This call does that: it waits for all
+    current members to ask. An actor that is idle joins by itself once all the others are ready. Device meshes and
+    whatever else holds the object go on with the new connections. What an endpoint raises because of the death reaches
+    its caller as SupervisionError naming the dead rank.
 
     Within the group, ranks for ``src=`` and ``dst=`` are those of the procs in their mesh; ``group_src=`` and
     ``group_dst=`` count in the group.
@@ -54,7 +57,7 @@ def process_group(*dims: str, backend: str | None = None, timeout: float = FORM_
         ValueError: A dimension does not exist or is named twice, or the backends are unknown or differ.
         RuntimeError: Called outside of an actor, or the members could not connect.
         TimeoutError: Some members did not ask for the group in time; the message names them.
-        SupervisionError: A member's process is gone.
+        SupervisionError: A member's process is gone, and nothing follows it at its place.
         ImportError: torch is not installed.
     """
     what = _call_text("process_group", dims)
@@ -71,13 +74,36 @@ def device_mesh(*dims: str, backend: str | None = None, timeout: float = FORM_LI
     return device_mesh_of(_own(what).mesh, dims, backend=backend, timeout=timeout)
 
 
+def generation(group: ProcessGroup) -> int:
+    """Return the number of the generation that ``group`` has last formed, or tried to form, in this process."""
+    return record_of(group).number
+
+
+def break_group(group: ProcessGroup, reason: str) -> None:
+    """End the generation of ``group`` in all members, though none has died; nothing where it has ended already.
+
+    Whoever is blocked in one of its collectives gets an error; their callers hear of :class:`GroupBroken` with
+    ``reason``. The next ``process_group()``, or the next moment in which all members are idle, forms the next one.
+    """
+    record_of(group).break_up(None, reason)
+
+
+def on_reformed(group: ProcessGroup, callback: Callable[[int], object]) -> None:
+    """Have ``callback`` told the number of each generation that this actor joins while idle.
+
+    It runs on the actor's thread right after the joining, and may use the group. Not for a generation that the actor's
+    own code has asked for. What it raises is only logged.
+    """
+    record_of(group).on_reformed = callback
+
+
 def process_group_of(
     mesh: Any, dims: Sequence[str], *, backend: str | None = None, timeout: float = FORM_LIMIT_S
 ) -> ProcessGroup:
     """Same as :func:`process_group`, along dimensions of a slice that this actor is in."""
     what = _call_text("process_group", dims)
     line = _line(what, mesh, dims)
-    return _record(line, _backend(what, backend, timeout)).get(timeout)
+    return record_for(line, _backend(what, backend, timeout)).get(timeout)
 
 
 def device_mesh_of(
@@ -89,10 +115,10 @@ def device_mesh_of(
     if not plane.dims:
         raise ValueError(f"{what}: {mesh!r} has no dimensions")
     resolved = _backend(what, backend, timeout)
-    groups = [_record(_line(what, mesh, (dim,)), resolved).get(timeout) for dim in plane.dims]
+    groups = [record_for(_line(what, mesh, (dim,)), resolved).get(timeout) for dim in plane.dims]
     if len(plane.dims) > 1 and len(plane.ranks) == plane.instance.proc_runtime.mesh_size:
         # It lends its connections to torch's default group, which checkpoints and others use unasked.
-        _record(plane, resolved).get(timeout)
+        record_for(plane, resolved).get(timeout)
     return _device_mesh(plane, resolved, groups)
 
 
@@ -122,15 +148,15 @@ class Line:
     @property
     def mesh_id(self) -> str:
         """Address of the proc mesh."""
-        return self.instance.proc_id.rpartition(".")[0]
+        return mesh_of(self.instance.proc_id)
 
     @property
     def own_rank(self) -> int:
         """This process's rank in its proc mesh."""
-        return int(self.instance.proc_id.rpartition(".")[2])
+        return rank_of(self.instance.proc_id)
 
-    def procs(self) -> tuple[str, ...]:
-        """Addresses of the members' processes, in group order."""
+    def places(self) -> tuple[str, ...]:
+        """Where the members' processes run, whatever their incarnation, in group order."""
         return tuple(f"{self.mesh_id}.{rank}" for rank in self.ranks)
 
     def member(self, place: int) -> str:
@@ -150,125 +176,8 @@ def ranks_along(region: Region, own_rank: int, dims: Sequence[str]) -> tuple[int
     return tuple(base + sum(step) for step in steps)
 
 
-class GroupRecord:
-    """One group of one actor: which generation it is in, and the object that users hold, which stays the same."""
-
-    def __init__(self, line: Line, backend: str) -> None:
-        self.line, self.backend = line, backend
-        self.generation = 0
-        self.group: Any = None
-        # Known to C++ alone, a store loses its Python methods.
-        self._store: Any = None
-        self._lock = threading.Lock()
-
-    def get(self, timeout_s: float) -> Any:
-        """Return the group, formed with the other members if it was not."""
-        from . import c10d
-
-        # Not one lock for the process: two actors may form their groups in one order here and in the other elsewhere,
-        # and the two processes would wait for each other.
-        with self._lock:
-            if self.group is None or not c10d.is_entered(self.group):
-                self.group = self._form(timeout_s)
-            return self.group
-
-    def _form(self, timeout_s: float) -> Any:
-        from . import c10d
-        from .store import space_name
-
-        line = self.line
-        c10d.ensure_default(line.mesh_id, line.own_rank, line.instance.proc_runtime.mesh_size)
-        formed = self._join(timeout_s)
-        self.generation = formed.generation
-        space = space_name(line.address, formed.generation)
-        store = c10d.RuntimeStore(line.procs()[0], space, timeout_s=timeout_s)
-        place = line.ranks.index(line.own_rank)
-        recipe = c10d.Recipe(f"{line.address}/{self.backend}", line.label, line.ranks, place, self.backend)
-        try:
-            group = c10d.make_group(recipe, store, formed.hosts)
-        except RuntimeError as error:
-            self._leave()
-            raise RuntimeError(f"{line.label}: its members could not connect: {error}") from error
-        store.limit_s = None
-        self._store = store
-        c10d.lend_to_default(group)
-        return group
-
-    def _join(self, timeout_s: float) -> Formed:
-        from .c10d import wait_here
-        from .store import Membership, NotFormed, store_in
-
-        line = self.line
-        member = Membership(
-            group=line.address,
-            rank=line.ranks.index(line.own_rank),
-            procs=line.procs(),
-            host=line.instance.proc_runtime.host,
-            backend=self.backend,
-            generation=self.generation,
-        )
-        try:
-            # The store keeps the time; it is late only where its process is stuck.
-            join = store_in(member.procs[0]).join.options(timeout=timeout_s + 10.0)
-            outcome = wait_here(join.call_one(member, timeout_s))
-        except SupervisionError as error:
-            raise type(error)(error.failure, line.label) from None
-        except CallTimeoutError:
-            raise TimeoutError(f"{line.label}: {line.member(0)}, where the members meet, does not answer") from None
-        except ActorError as error:
-            raise RuntimeError(f"{line.label}: {error}") from error
-        if isinstance(outcome, NotFormed):
-            raise self._refusal(outcome, timeout_s)
-        return outcome
-
-    def _refusal(self, outcome: NotFormed, timeout_s: float) -> Exception:
-        line = self.line
-        if outcome.failure is not None:
-            return SupervisionError(outcome.failure, line.label)
-        if outcome.backends:
-            asked = ", ".join(f"{line.member(place)} asks for {backend!r}" for place, backend in outcome.backends)
-            return ValueError(f"{line.label}: the members differ in the backend: {asked}; name one with backend=")
-        places = sorted(outcome.missing, key=lambda place: line.ranks[place])
-        missing = ", ".join(map(line.member, places[:8]))
-        more = f" and {len(outcome.missing) - 8} more" if len(outcome.missing) > 8 else ""
-        return TimeoutError(
-            f"{line.label}: {missing}{more} did not ask for it within {timeout_s:g} s. Every member has to make the "
-            "same call, with the same dimensions in the same order; or raise timeout="
-        )
-
-    def end(self) -> None:
-        """Close the group (the actor has ended)."""
-        from . import c10d
-
-        if self.group is not None:
-            c10d.end_group(self.group)
-            self.group = self._store = None
-            self._leave()
-
-    def _leave(self) -> None:
-        from .store import space_name, store_in
-
-        line = self.line
-        space = space_name(line.address, self.generation)
-        try:
-            store_in(line.procs()[0]).leave.broadcast(space, line.instance.proc_id)
-        except SupervisionError:
-            # The store went with its process.
-            return
-
-
-_records: dict[tuple[str, str, str], GroupRecord] = {}
 _device_meshes: dict[tuple[str, str, str], tuple[list[Any], DeviceMesh]] = {}
 _lock = threading.Lock()
-
-
-def _record(line: Line, backend: str) -> GroupRecord:
-    key = line.instance.key, line.address, backend
-    with _lock:
-        record = _records.get(key)
-        if record is None:
-            record = _records[key] = GroupRecord(line, backend)
-        return record
 
 
 def _device_mesh(plane: Line, backend: str, groups: list[Any]) -> DeviceMesh:
@@ -284,22 +193,11 @@ def _device_mesh(plane: Line, backend: str, groups: list[Any]) -> DeviceMesh:
         return mesh
 
 
-def end_groups(actor_key: str) -> None:
-    """End all groups of an actor (on its thread, after its ``__cleanup__``)."""
+def forget_device_meshes(actor_key: str) -> None:
+    """The actor has ended."""
     with _lock:
-        ended = [_records.pop(key) for key in list(_records) if key[0] == actor_key]
         for key in [key for key in _device_meshes if key[0] == actor_key]:
             del _device_meshes[key]
-        is_last = not _records
-    for record in reversed(ended):
-        try:
-            record.end()
-        except Exception:  # noqa: BLE001  the others have to be closed too
-            _log.exception("%s could not be closed", record.line.label)
-    if ended and is_last:
-        from . import c10d
-
-        c10d.drop_default()
 
 
 def _own(what: str) -> Any:
@@ -315,7 +213,7 @@ def _own(what: str) -> Any:
 def _line(what: str, mesh: ActorMesh, dims: Sequence[str]) -> Line:
     instance = _own(what)
     region = mesh._region
-    own_rank = int(instance.proc_id.rpartition(".")[2])
+    own_rank = rank_of(instance.proc_id)
     dims = tuple(dims) or region.labels
     if any(dim not in region.labels for dim in dims):
         raise ValueError(unknown(what, dims, region.labels, region.sizes))

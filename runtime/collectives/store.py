@@ -8,17 +8,18 @@ process, next to the user's script.)
     join      waits until every member has asked for the same group, and starts its next generation
     set, ...  what torch's Store offers, in a space of keys per generation
 
-A space ends when a member dies or when all have left: whoever waits in it, or uses it afterwards, gets an error.
+A space ends when a member dies or when all have left: whoever waits in it, or uses it afterwards, gets an error. A
+member that has died is waited for if its place has a next incarnation.
 """
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from ..actor import Actor, concurrent_endpoint
 from ..actor_mesh import ActorMesh
+from ..address import mesh_of, name_of, place_of, rank_of
 from ..calls.future import call_soon
 from ..context import context
 from ..mesh import ProcMesh
@@ -26,69 +27,15 @@ from ..messages import wire
 from ..messages.credits import DEFAULT_MAILBOX
 from ..messages.payload import dump
 from ..shapes.shape import Region
+from .roll_call import Formed, NotFormed, RollCall
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..failure import MeshFailure
+    from .roll_call import Membership
 
 STORE_KEY: Final = "@store"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Membership:
-    """One member's wish to form a group."""
-
-    group: str
-    """Address of the group: the same for all members, different for any other group."""
-    rank: int
-    procs: tuple[str, ...]
-    """Processes of all members, in group order."""
-    host: str
-    backend: str
-    generation: int
-    """The last generation that this member has been in; 0 before the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Formed:
-    """All members are here."""
-
-    generation: int
-    hosts: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class NotFormed:
-    """The group did not come about: some members never asked, asked for other backends, or died."""
-
-    missing: tuple[int, ...] = ()
-    backends: tuple[tuple[int, str], ...] = ()
-    failure: MeshFailure | None = None
-
-
-class RollCall:
-    """Who has asked for a group's next generation. Pure."""
-
-    def __init__(self, procs: Sequence[str], *, last_generation: int = 0) -> None:
-        self.procs, self.last_generation = tuple(procs), last_generation
-        self.arrived: dict[int, Membership] = {}
-
-    def arrive(self, member: Membership) -> Formed | NotFormed | None:
-        """Note one member; return the outcome once it is known."""
-        self.arrived[member.rank] = member
-        backends = {rank: other.backend for rank, other in sorted(self.arrived.items())}
-        if len(set(backends.values())) > 1:
-            return NotFormed(backends=tuple(backends.items()))
-        if self.missing():
-            return None
-        members = [self.arrived[rank] for rank in range(len(self.procs))]
-        last = max(self.last_generation, *(each.generation for each in members))
-        return Formed(last + 1, tuple(each.host for each in members))
-
-    def missing(self) -> tuple[int, ...]:
-        """Group ranks that have not asked."""
-        return tuple(rank for rank in range(len(self.procs)) if rank not in self.arrived)
 
 
 class Space:
@@ -144,6 +91,19 @@ class _Waiting:
         self.roll = roll
         self.outcome: Formed | NotFormed | None = None
         self.decided = asyncio.Event()
+        self.ready: dict[int, tuple[str, asyncio.Event]] = {}
+        """Members that would come at once, by rank: their processes, and what calls them in."""
+
+    def release_ready(self) -> None:
+        """Tell those who have announced themselves."""
+        for _, called_in in self.ready.values():
+            called_in.set()
+        self.ready.clear()
+
+    def withdraw(self, proc: str) -> None:
+        """A process has died."""
+        self.roll.withdraw(proc)
+        self.ready = {rank: ready for rank, ready in self.ready.items() if ready[0] != proc}
 
     def decide(self, outcome: Formed | NotFormed) -> None:
         if self.outcome is None:
@@ -162,45 +122,83 @@ class StoreActor(Actor):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @concurrent_endpoint
-    async def join(self, member: Membership, timeout_s: float) -> Formed | NotFormed:
-        """Wait for the other members of a group."""
-        self._watch(member.procs)
-        waiting = self._waiting.get(member.group)
-        if waiting is None:
-            waiting = self._waiting[member.group] = _Waiting(self._new_roll(member))
-        outcome = self._first_death(member.procs) or waiting.roll.arrive(member)
+    async def join(self, member: Membership, timeout_s: float, idle: bool = False) -> Formed | NotFormed:
+        """Wait for the other members of a group; an idle one that waits in vain leaves the others waiting."""
+        waiting = self._waiting_for(member)
+        outcome = self._first_hole(member.places) or waiting.roll.arrive(member)
+        self._call_in(waiting)
         if outcome is None:
             try:
                 async with asyncio.timeout(timeout_s):
                     await waiting.decided.wait()
             except TimeoutError:
+                missing = NotFormed(missing=waiting.roll.missing())
+                if idle:
+                    waiting.roll.withdraw(member.proc)
+                    return missing
                 # This member leaves, so the others would wait in vain.
-                outcome = NotFormed(missing=waiting.roll.missing())
+                outcome = missing
         if outcome is not None:
             self._decide(member.group, waiting, outcome)
         assert waiting.outcome is not None
         return waiting.outcome
 
+    @concurrent_endpoint
+    async def announce(self, member: Membership) -> bool:
+        """Return once every member has either asked for the group or announced that it is ready to.
+
+        Returns:
+            Whether the group may form; False where a member is gone for good.
+        """
+        waiting = self._waiting_for(member)
+        ready = waiting.ready[member.rank] = member.proc, asyncio.Event()
+        self._call_in(waiting)
+        try:
+            if self._first_hole(member.places) is None:
+                await ready[1].wait()
+        finally:
+            if waiting.ready.get(member.rank) is ready:
+                del waiting.ready[member.rank]
+        return self._first_hole(member.places) is None
+
+    def _waiting_for(self, member: Membership) -> _Waiting:
+        self._watch(member.places)
+        waiting = self._waiting.get(member.group)
+        if waiting is None:
+            waiting = self._waiting[member.group] = _Waiting(self._new_roll(member))
+        return waiting
+
+    def _call_in(self, waiting: _Waiting) -> None:
+        """Once everyone has asked or announced, let those come that have only announced."""
+        if waiting.ready and not set(waiting.roll.missing()) - waiting.ready.keys():
+            waiting.release_ready()
+
     def _new_roll(self, member: Membership) -> RollCall:
-        return RollCall(member.procs, last_generation=self._generations.get(member.group, 0))
+        return RollCall(member.places, last_generation=self._generations.get(member.group, 0))
 
     def _decide(self, group: str, waiting: _Waiting, outcome: Formed | NotFormed) -> None:
         if isinstance(outcome, Formed) and waiting.outcome is None:
             self._generations[group] = outcome.generation
-            self._spaces[space_name(group, outcome.generation)] = Space(waiting.roll.procs)
+            name = space_name(group, outcome.generation, self._proc.proc_id)
+            space = self._spaces[name] = Space([member.proc for member in outcome.members])
+            for member in outcome.members:
+                if member.proc in self._proc.gone:
+                    space.end(_ended(self._proc.gone[member.proc]))
         waiting.decide(outcome)
+        waiting.release_ready()
         if self._waiting.get(group) is waiting:
             del self._waiting[group]
 
-    def _watch(self, procs: Sequence[str]) -> None:
+    def _watch(self, places: Sequence[str]) -> None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._proc.on_gone.append(self._on_gone)
-        for proc in procs:
-            self._proc.link(proc)
+        for place in places:
+            self._proc.link(self._proc.resolve(place))
 
-    def _first_death(self, procs: Sequence[str]) -> NotFormed | None:
-        failures = (self._proc.gone.get(proc) for proc in procs)
+    def _first_hole(self, places: Sequence[str]) -> NotFormed | None:
+        """The first place whose process is gone, and where none follows."""
+        failures = (self._proc.gone.get(self._proc.resolve(place)) for place in places)
         return next((NotFormed(failure=failure) for failure in failures if failure is not None), None)
 
     def _on_gone(self, proc: str, failure: MeshFailure) -> None:
@@ -211,14 +209,23 @@ class StoreActor(Actor):
     def _on_death(self, proc: str, failure: MeshFailure) -> None:
         for space in self._spaces.values():
             if proc in space.procs:
-                space.end(f"the group has ended, because a member is gone: {failure}")
+                space.end(_ended(failure))
         for group, waiting in list(self._waiting.items()):
-            if proc in waiting.roll.procs:
-                self._decide(group, waiting, NotFormed(failure=failure))
+            if place_of(proc) not in waiting.roll.places:
+                continue
+            waiting.withdraw(proc)
+            hole = self._first_hole(waiting.roll.places)
+            if hole is not None:
+                self._decide(group, waiting, hole)
+            else:
+                self._watch(waiting.roll.places)
 
     def _space(self, name: str) -> Space:
         space = self._spaces.get(name)
         if space is None:
+            _, at, proc = name.partition("@")
+            if at and proc != self._proc.proc_id:
+                raise RuntimeError(f"the group has ended, because {proc}, where its store was, is gone")
             space = self._spaces[name] = Space()
         space.check()
         return space
@@ -284,15 +291,18 @@ class StoreActor(Actor):
         return list(self._space(space).data)
 
 
-def space_name(group: str, generation: int) -> str:
-    """Name the space of keys of one generation of a group."""
-    return f"{group}#{generation}"
+def _ended(failure: MeshFailure) -> str:
+    return f"the group has ended, because a member is gone: {failure}"
+
+
+def space_name(group: str, generation: int, proc: str) -> str:
+    """Name the space of keys, in ``proc``, of one generation of a group."""
+    return f"{group}#{generation}@{proc}"
 
 
 def store_in(proc_id: str) -> Any:
     """A handle on the store actor of a proc; its first message makes it."""
-    mesh_id, _, rank = proc_id.rpartition(".")
-    procs = ProcMesh(mesh_id, mesh_id.rsplit("-", 1)[0], Region((), int(rank), (), ()))
+    procs = ProcMesh(mesh_of(proc_id), name_of(proc_id), Region((), rank_of(proc_id), (), ()))
     return ActorMesh("store", STORE_KEY, StoreActor, procs, procs._region, DEFAULT_MAILBOX)
 
 
@@ -300,4 +310,5 @@ def store_spawn(key: str, proc_id: str) -> wire.Envelope | None:
     """Return the message that makes the store actor in this proc, where ``key`` is its address."""
     if key != STORE_KEY:
         return None
-    return [wire.SPAWN, STORE_KEY, proc_id, dump((store_in(proc_id), (), {}, None)).body, None]
+    body = dump((store_in(proc_id), (), {}, None)).body
+    return [wire.SPAWN, STORE_KEY, proc_id, [0, False, None, None], body, None]

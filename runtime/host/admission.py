@@ -215,9 +215,9 @@ def _shm_bounds(root: Path) -> Iterator[Bound]:
     yield Bound(Resource.SHARED_MEMORY, str(path), total, used, f"enlarge {path} (docker: --shm-size)")
 
 
-def _cgroup_dirs(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
-    """Yield (group, folder) of this process's cgroup and its visible parents, in both hierarchies."""
-    for line in _read_lines(root / "proc/self/cgroup"):
+def _cgroup_dirs(root: Path, controller: str, pid: str = "self") -> Iterator[tuple[str, Path]]:
+    """Yield (group, folder) of a process's cgroup and its visible parents, in both hierarchies."""
+    for line in _read_lines(root / "proc" / pid / "cgroup"):
         _, controllers, group = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue

@@ -9,7 +9,6 @@ It never unpickles and runs no user code. The controller starts it in a Python o
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import resource
@@ -18,35 +17,30 @@ import shutil
 import signal
 import socket
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from ..config import GRACE_AFTER_ERROR_S
-from ..failure import FailureKind, pack_failure
+from ..address import AGENT, address, incarnation_of, mesh_of, next_address, place_of, rank_of
+from ..config import GRACE_AFTER_ERROR_S, preempt_s, stuck_s
+from ..failure import FailureKind, pack_failure, unpack_failure
 from ..messages import wire
 from ..messages.link import MULTIPART, Link
-from ..proc import AGENT
-from .devices import DeviceLeases, device_env, read_gpus, usable_devices
 from .kernel import adopt_orphans
 from .log_files import LogFiles
-from .logs import LineSplitter, Tail
-from .proc_table import AskStop, Command, ProcTable, TellGone, TellUp
+from .oom import MEMORY_S, OomWatch
+from .orders import Orders
+from .outputs import Outputs
+from .proc_table import AskStop, Command, ProcState, ProcTable, TellGone, TellReplaced, TellUp
+from .stacks import stacks_file
+from .watchdog import Watchdog
 from .zygotes import Zygotes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-_READ_BYTES: Final = 1 << 16
 _log = logging.getLogger("danaus.agent")
-
-
-class _Output:
-    """One proc's stdout or stderr."""
-
-    def __init__(self, proc: str, stream: str, fd: int, tail: Tail) -> None:
-        self.proc, self.stream, self.fd, self.tail = proc, stream, fd, tail
-        self.splitter = LineSplitter()
 
 
 class Agent:
@@ -55,18 +49,18 @@ class Agent:
     Args:
         directory: The job's private socket directory.
         controller: Address of the controller.
-        controller_pid: Process whose end is the job's end.
+        controller_fd: Pidfd of the process whose end is the job's end.
         host: Name of this host.
         log_directory: Where per-rank files go.
         seed: Socket of the first zygote, forked before this process had anything to hand on.
     """
 
     def __init__(
-        self, directory: str, controller: str, controller_pid: int, host: str, log_directory: str, seed: socket.socket
+        self, directory: str, controller: str, controller_fd: int, host: str, log_directory: str, seed: socket.socket
     ) -> None:
         self._directory, self._controller, self._host = directory, controller, host
         self._table = ProcTable(host)
-        self._logs = LogFiles(log_directory)
+        self._orders = Orders(directory, host)
         self._context: zmq.Context[Any] = zmq.Context()
         self._pull: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
@@ -74,10 +68,12 @@ class Agent:
         self._links: dict[str, Link] = {}
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], object]] = {}
-        self._outputs: dict[str, list[_Output]] = {}
         self._pidfds: dict[str, int] = {}
-        self._leases: DeviceLeases | None = None
+        self._old_paths: dict[str, str] = {}
+        self._delayed: list[tuple[dict[str, Any], list[str]]] = []
+        self._kept: dict[str, dict[str, bytes]] = {}
         self._quitting = False
+        self._outputs = Outputs(LogFiles(log_directory), self._on_lines, watch=self._watch, unwatch=self._unwatch)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._zygotes = Zygotes(
             seed,
@@ -88,12 +84,25 @@ class Agent:
             on_failed=self._on_not_started,
             warn=self._warn,
         )
-        self._watch(self._wake_fd, lambda: os.eventfd_read(self._wake_fd))
-        controller_fd = os.pidfd_open(controller_pid)
-        self._watch(controller_fd, self._on_controller_gone)
+        self._oom, self._look_at_s = OomWatch(), 0.0
+        self._watchdog = Watchdog(
+            stuck_s(),
+            host=host,
+            procs=self._table.procs,
+            tell=self._tell,
+            log_tail=self._outputs.last_lines,
+            watch=self._watch,
+            unwatch=self._unwatch,
+        )
+        self._signals: list[int] = []
+        self._draining: set[str] = set()
+        self._drain_until_s: float | None = None
+        self._is_preempted = False
+        self._watch(self._wake_fd, self._on_wake)
         self._controller_fd = controller_fd
+        self._watch(self._controller_fd, self._on_controller_gone)
         for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, lambda *_: self._quit())
+            signal.signal(signum, self._on_signalled)
         self._link(controller, f"{directory}/{controller}")
         self._tell(controller, "agent_up", {"path": f"{directory}/{AGENT}", "pid": os.getpid(), "logs": log_directory})
 
@@ -113,11 +122,19 @@ class Agent:
                         handler()
             if self._pull in ready:
                 self._receive()
-            self._carry_out(self._table.check(now_s=time.monotonic()))
+            now_s = time.monotonic()
+            self._carry_out(self._table.check(now_s=now_s))
+            self._watchdog.check(now_s=now_s)
+            if self._drain_until_s is not None and (not self._draining or now_s >= self._drain_until_s):
+                self._end_preempted()
+            if now_s >= self._look_at_s:
+                self._look_at_s = now_s + MEMORY_S / 2
+                self._oom.look(now_s=now_s)
         self._close()
 
     def _timeout_ms(self) -> int:
-        next_s = self._table.next_check_s()
+        times_s = [*(each.next_check_s() for each in (self._table, self._watchdog)), self._drain_until_s]
+        next_s = min((time_s for time_s in times_s if time_s is not None), default=None)
         return -1 if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1)
 
     def _receive(self) -> None:
@@ -151,82 +168,160 @@ class Agent:
         if envelope[0] != wire.REQUEST:
             raise wire.WireError(f"agents take requests, not kind {envelope[0]}")
         _, name, sender, fields = envelope
-        now_s = time.monotonic()
-        if name == "spawn":
-            self._on_spawn(sender, fields)
-        elif name == "up":
-            self._zygotes.on_up(fields["proc"], fields["pid"])
-            self._link(fields["proc"], fields["path"])
-            self._carry_out(self._table.on_up(fields["proc"]))
-        elif name == "watch":
-            proc = fields["proc"]
-            is_controller = proc == self._controller
-            self._carry_out([TellUp(sender, proc)] if is_controller else self._table.on_watch(proc, sender))
-        elif name == "failing":
-            self._table.on_failing(sender, FailureKind(fields["kind"]), fields["traceback"])
-            self._tell(sender, "noted", {})
-        elif name == "stop":
-            self._carry_out(self._table.on_stop(fields["procs"], now_s=now_s, grace_s=fields["grace_s"]))
-        elif name == "quit":
-            self._quit()
-        else:
+        handler = self._REQUESTS.get(name)
+        if handler is None:
             _log.warning("unknown request %r of %s", name, sender)
+        else:
+            handler(self, sender, fields)
+
+    def _on_up(self, _sender: str, fields: dict[str, Any]) -> None:
+        proc = fields["proc"]
+        self._zygotes.on_up(proc, fields["pid"])
+        self._remove_old_path(proc)
+        if proc not in self._links:
+            self._link(proc, fields["path"])
+        self._carry_out(self._table.on_up(proc))
+
+    def _on_watch(self, sender: str, fields: dict[str, Any]) -> None:
+        proc = fields["proc"]
+        is_controller = proc == self._controller
+        self._carry_out([TellUp(sender, proc)] if is_controller else self._table.on_watch(proc, sender))
+
+    def _on_signal(self, sender: str, fields: dict[str, Any]) -> None:
+        pidfd = self._pidfds.get(fields["proc"])
+        link = self._links.get(sender)
+        # Of one that is gone the sender hears as its watcher.
+        if pidfd is not None and link is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, fields["signum"])
+                link.send(wire.pack([wire.REPLY, fields["port"], 0, wire.OK, 0, fields["token"], None]))
+
+    def _on_failing(self, sender: str, fields: dict[str, Any]) -> None:
+        self._table.on_failing(sender, FailureKind(fields["kind"]), fields["traceback"])
+        self._tell(sender, "noted", {})
+
+    def _on_stop(self, _sender: str, fields: dict[str, Any]) -> None:
+        self._carry_out(self._table.on_stop(fields["procs"], now_s=time.monotonic(), grace_s=fields["grace_s"]))
+
+    def _on_stop_mesh(self, _sender: str, fields: dict[str, Any]) -> None:
+        """No rank of a mesh is wanted any more: its spares go, and so does what was kept for it."""
+        self._end_mesh(fields["mesh"])
+
+    def _end_mesh(self, mesh: str) -> None:
+        self._table.on_mesh_over(mesh)
+        spares = [record.proc for record in self._table.procs.values() if record.mesh == mesh and record.is_spare]
+        self._orders.forget(mesh)
+        for place in [place for place in self._kept if mesh_of(place) == mesh]:
+            del self._kept[place]
+        self._carry_out(self._table.on_stop(spares, now_s=time.monotonic(), grace_s=0.0))
+        self._drop_mesh(mesh)
+
+    def _drop_mesh(self, mesh: str) -> None:
+        """Give up what the processes of a mesh shared, once there are none."""
+        if any(record.mesh == mesh for record in self._table.procs.values()):
+            return
+        self._orders.on_empty(mesh)
+
+    def _on_restart(self, _sender: str, fields: dict[str, Any]) -> None:
+        failure = unpack_failure(fields["failure"])
+        self._carry_out(self._table.on_restart(fields["proc"], failure, now_s=time.monotonic()))
+
+    def _on_abandon(self, _sender: str, fields: dict[str, Any]) -> None:
+        self._carry_out(self._table.on_abandon(fields["proc"]))
+
+    def _on_policy(self, _sender: str, fields: dict[str, Any]) -> None:
+        self._table.on_policy(fields["mesh"], restartable=fields["restartable"])
+
+    def _on_keep(self, sender: str, fields: dict[str, Any]) -> None:
+        """Keep what an actor wants to have back when it is started again."""
+        self._kept.setdefault(place_of(sender), {})[fields["actor"]] = fields["state"]
+        self._tell(sender, "kept", {"token": fields["token"], "state": None})
+
+    def _on_forget(self, sender: str, fields: dict[str, Any]) -> None:
+        self._kept.get(place_of(sender), {}).pop(fields["actor"], None)
+
+    def _on_recall(self, sender: str, fields: dict[str, Any]) -> None:
+        state = self._kept.get(place_of(sender), {}).get(fields["actor"])
+        self._tell(sender, "kept", {"token": fields["token"], "state": state})
 
     def _on_spawn(self, owner: str, fields: dict[str, Any]) -> None:
-        mesh, count = fields["mesh"], fields["count"]
-        procs = [f"{mesh}.{rank}" for rank in range(count)]
-        self._table.on_spawn(mesh, fields["name"], owner, [(proc, rank) for rank, proc in enumerate(procs)])
-        for proc in procs:
-            # The owner may order and ask in either way round; it hears of its own meshes unasked.
-            self._table.on_watch(proc, owner)
-        if owner in self._table.gone:
+        procs = [proc for proc in fields["procs"] if proc not in self._table.gone]
+        if fields["procs"] and not procs:
+            return
+        num_spares = fields["spares"] if self._orders.get(fields["mesh"]) is None else 0
+        order = self._orders.add(fields, owner)
+        self._carry_out(self._table.on_spawn(self._orders.info(order), procs))
+        if self._quitting:
+            self._table.on_stop(procs, now_s=time.monotonic())
+        if owner in self._table.gone or self._quitting:
             self._on_not_started(procs, f"its owner {owner} had ended", "")
             return
+        self._start(order, procs)
+        for index in range(num_spares):
+            self._start_spare(order, f"{order['mesh']}.{order['count'] + index}")
+
+    def _start(self, order: dict[str, Any], procs: list[str]) -> None:
+        """Fork ``procs``, or have spares be them, once what those before them had spawned has ended."""
+        owners = {record.owner for record in self._table.procs.values()}
+        if any(incarnation_of(proc) and _before(proc) in owners for proc in procs):
+            self._delayed.append((order, procs))
+            return
+        stopped = [proc for proc in procs if self._table.procs[proc].state is ProcState.STOPPING]
+        if stopped:
+            self._on_not_started(stopped, "", "")
+        wanted = [proc for proc in procs if proc not in stopped]
+        self._fork(order, [proc for proc in wanted if not self._adopt_spare(order, proc)])
+
+    def _start_delayed(self) -> None:
+        delayed, self._delayed = self._delayed, []
+        for order, procs in delayed:
+            self._start(order, procs)
+
+    def _fork(self, order: dict[str, Any], procs: list[str]) -> None:
+        """Have a zygote make ``procs``."""
+        if not procs:
+            return
         try:
-            envs = self._device_envs(mesh, count, fields["gpus"])
-            requests = [
-                {
-                    "proc": proc,
-                    "path": f"{self._directory}/{proc}",
-                    "env": {**fields["env"], **envs[rank]},
-                    "cpus": fields["cpus"][rank] if fields["cpus"] else None,
-                    "mem_nodes": fields["mem_nodes"][rank] if fields["mem_nodes"] else None,
-                }
-                for rank, proc in enumerate(procs)
-            ]
-            common = {"directory": self._directory, "host": self._host, "size": count, "boot_file": fields["boot_file"]}
-            outputs = [self._open_outputs(proc) for proc in procs]
+            requests = [self._orders.request(order, proc) for proc in procs]
+            outputs = [self._outputs.open(proc) for proc in procs]
         except (OSError, ValueError) as error:
             self._on_not_started(procs, f"{type(error).__name__}: {error}", "")
             return
         self._zygotes.start(
-            fields["zygote"], fields["preload"], fields["zygote_env"], fields["sys_path"], common, requests, outputs
+            order["zygote"],
+            order["preload"],
+            order["zygote_env"],
+            order["sys_path"],
+            self._orders.common(order),
+            requests,
+            outputs,
         )
 
-    def _device_envs(self, mesh: str, count: int, gpus: str) -> list[dict[str, str]]:
-        if gpus == "none":
-            return [{"CUDA_VISIBLE_DEVICES": ""}] * count
-        if self._leases is None:
-            devices = usable_devices(read_gpus().gpus, existing=os.environ.get("CUDA_VISIBLE_DEVICES"))
-            self._leases = DeviceLeases(devices)
-            self._devices = devices
-        if not self._devices:
-            return [{}] * count
-        own = self._leases.acquire(mesh, count, share_gpus=gpus == "shared")
-        return [device_env(index, self._devices) for index in own]
+    def _adopt_spare(self, order: dict[str, Any], proc: str) -> bool:
+        """Let a spare of the mesh take the place of ``proc``; return False where there is none."""
+        spare = self._table.find_spare(order["mesh"]) if incarnation_of(proc) else None
+        if spare is None:
+            return False
+        try:
+            request = self._orders.request(order, proc)
+        except (OSError, ValueError):
+            # Told by the attempt to fork it.
+            return False
+        self._table.on_adopt(spare, proc)
+        self._links[proc] = self._links.pop(spare)
+        pidfd = self._pidfds[proc] = self._pidfds.pop(spare)
+        self._unwatch(pidfd)
+        self._watch(pidfd, lambda: self._on_exit(proc))
+        self._outputs.rename(spare, proc)
+        self._tell(proc, "adopt", request)
+        # Not removed before it answers: the link to it may still be about to connect.
+        self._old_paths[proc] = f"{self._directory}/{spare}"
+        self._start_spare(order, next_address(spare))
+        return True
 
-    def _open_outputs(self, proc: str) -> tuple[int, int]:
-        """Make the pipes of a new proc; return the ends that it writes to."""
-        tail = Tail()
-        writers: list[int] = []
-        for stream in ("stdout", "stderr"):
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(reader, False)
-            output = _Output(proc, stream, reader, tail)
-            self._outputs.setdefault(proc, []).append(output)
-            self._watch(reader, lambda output=output: self._read(output))
-            writers.append(writer)
-        return writers[0], writers[1]
+    def _start_spare(self, order: dict[str, Any], spare: str) -> None:
+        self._table.on_spawn(replace(self._orders.info(order), restartable=False), [spare])
+        self._fork(order, [spare])
 
     # processes:
 
@@ -237,12 +332,14 @@ class Agent:
         pidfd = os.pidfd_open(pid)
         self._pidfds[proc] = pidfd
         self._watch(pidfd, lambda: self._on_exit(proc))
+        self._oom.on_started(proc, pid)
         self._carry_out(self._table.on_started(proc, pid))
 
     def _on_not_started(self, procs: Iterable[str], detail: str, traceback: str) -> None:
         for proc in procs:
-            self._close_outputs(proc)
+            self._outputs.close(proc)
             self._carry_out(self._table.on_not_started(proc, detail, traceback))
+        self._start_delayed()
 
     def _on_exit(self, proc: str) -> None:
         pidfd = self._pidfds[proc]
@@ -253,38 +350,74 @@ class Agent:
         self._unwatch(pidfd)
         os.close(pidfd)
         killed = status.si_code != os.CLD_EXITED
-        tail = self._close_outputs(proc)
+        tail = self._outputs.close(proc)
         commands = self._table.on_exit(
             proc,
             exit_code=None if killed else status.si_status,
             signum=status.si_status if killed else None,
             log_tail=tail,
             now_s=time.monotonic(),
+            out_of_memory=self._killed_by_kernel(proc, status),
         )
+        self._draining.discard(proc)
         self._carry_out(commands)
         self._forget(proc)
+        for mesh in self._orders.owned_by(proc):
+            self._end_mesh(mesh)
+        self._replace_spare(proc)
+        self._start_delayed()
+
+    def _killed_by_kernel(self, proc: str, status: os.waitid_result) -> str:
+        record = self._table.procs.get(proc)
+        is_ours = record is None or record.state is ProcState.STOPPING
+        if is_ours or status.si_status != signal.SIGKILL or status.si_code == os.CLD_EXITED:
+            return ""
+        return self._oom.on_killed(proc, now_s=time.monotonic())
+
+    def _replace_spare(self, proc: str) -> None:
+        """A spare has ended: start another, unless they keep ending."""
+        order = self._orders.get(mesh_of(proc))
+        if order is None or rank_of(proc) < order["count"] or self._quitting:
+            return
+        if self._table.gone[proc].kind is FailureKind.STOPPED:
+            return
+        if self._orders.may_replace_spare(proc):
+            self._start_spare(order, next_address(proc))
+        else:
+            self._warn(f"spares of mesh {order['name']!r} keep ending; none is started any more")
+
+    def _remove_old_path(self, proc: str) -> None:
+        """Remove the socket that ``proc`` had as a spare."""
+        with contextlib.suppress(KeyError, OSError):
+            os.unlink(self._old_paths.pop(proc))
 
     def _forget(self, proc: str) -> None:
         link = self._links.pop(proc, None)
         if link is not None:
             link.close()
-        with contextlib.suppress(OSError):
-            os.unlink(f"{self._directory}/{proc}")
-        mesh = proc.rpartition(".")[0]
-        if not any(record.mesh == mesh for record in self._table.procs.values()):
+        self._watchdog.on_exit(proc)
+        self._oom.on_exit(proc)
+        self._remove_old_path(proc)
+        for path in (f"{self._directory}/{proc}", stacks_file(f"{self._directory}/{proc}")):
             with contextlib.suppress(OSError):
-                os.unlink(f"{self._directory}/{mesh}.boot")
-            if self._leases is not None:
-                self._leases.release(mesh)
+                os.unlink(path)
+        self._drop_mesh(mesh_of(proc))
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
             if isinstance(command, TellUp):
                 self._tell(command.to, "up", {"proc": command.proc, "path": f"{self._directory}/{command.proc}"})
             elif isinstance(command, TellGone):
-                self._tell(command.to, "died", {"proc": command.proc, "failure": pack_failure(command.failure)})
+                if self._is_preempted and command.to == self._controller:
+                    # It learns of all of them at once, by the end of this process: then another host can start them.
+                    continue
+                fields = {"failure": pack_failure(command.failure), "next": command.following}
+                self._tell(command.to, "died", {"proc": command.proc, **fields})
+            elif isinstance(command, TellReplaced):
+                self._tell(command.to, "replaced", {"proc": command.proc, "next": command.following})
             elif isinstance(command, AskStop):
-                self._tell(command.proc, "stop", {})
+                failure = command.failure and pack_failure(command.failure)
+                self._tell(command.proc, "stop", {"failure": failure})
             else:
                 pidfd = self._pidfds.get(command.proc)
                 if pidfd is not None:
@@ -304,49 +437,11 @@ class Agent:
 
     # logs:
 
-    def _read(self, output: _Output) -> bool:
-        """Take what a proc has written; return whether more may be there at once."""
-        try:
-            chunk = os.read(output.fd, _READ_BYTES)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EBADF:
-                raise
-            return False
-        if not chunk:
-            self._unwatch(output.fd)
-            return False
-        self._on_lines(output, output.splitter.feed(chunk))
-        return True
-
-    def _on_lines(self, output: _Output, lines: list[str]) -> None:
-        if not lines:
-            return
-        output.tail.add(lines)
-        self._logs.write(output.proc, lines)
-        record = self._table.procs.get(output.proc)
-        name, rank = (record.name, record.rank) if record is not None else (output.proc, 0)
-        fields = {
-            "mesh": output.proc.rpartition(".")[0],
-            "name": name,
-            "rank": rank,
-            "stream": output.stream,
-            "lines": lines,
-        }
+    def _on_lines(self, proc: str, stream: str, lines: list[str]) -> None:
+        record = self._table.procs.get(proc)
+        name, rank = (record.name, record.rank) if record is not None else (proc, 0)
+        fields = {"mesh": mesh_of(proc), "name": name, "rank": rank, "stream": stream, "lines": lines}
         self._tell(self._controller, "log", fields)
-
-    def _close_outputs(self, proc: str) -> list[str]:
-        """Drain and close a proc's pipes; return the last lines that it wrote."""
-        outputs = self._outputs.pop(proc, [])
-        for output in outputs:
-            while self._read(output):
-                pass
-            self._on_lines(output, output.splitter.close())
-            self._unwatch(output.fd)
-            os.close(output.fd)
-        self._logs.close(proc)
-        return outputs[0].tail.lines() if outputs else []
 
     def _warn(self, text: str) -> None:
         fields = {"mesh": "agent", "name": "agent", "rank": 0, "stream": "stderr", "lines": [text]}
@@ -361,15 +456,50 @@ class Agent:
             link.close()
         self._quit()
 
-    def _quit(self) -> None:
+    def _quit(self, grace_s: float = GRACE_AFTER_ERROR_S) -> None:
         self._quitting = True
-        commands = self._table.on_stop(list(self._table.procs), now_s=time.monotonic(), grace_s=GRACE_AFTER_ERROR_S)
+        commands = self._table.on_stop(list(self._table.procs), now_s=time.monotonic(), grace_s=grace_s)
         self._carry_out(commands)
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake_fd, 1)
+        delayed, self._delayed = self._delayed, []
+        # A zygote that still imports would only start them after that.
+        waiting = [*self._zygotes.give_up_pending(), *(proc for _, procs in delayed for proc in procs)]
+        self._on_not_started(waiting, "", "")
+
+    def _on_signalled(self, signum: int, _frame: object) -> None:
+        """In the middle of anything: the loop sees to it."""
+        self._signals.append(signum)
+        os.eventfd_write(self._wake_fd, 1)
+
+    def _on_wake(self) -> None:
+        os.eventfd_read(self._wake_fd)
+        signals, self._signals = self._signals, []
+        if signal.SIGINT in signals or self._drain_until_s is not None or len(signals) > 1:
+            self._quit()
+        elif signals:
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """This host is about to be taken away: tell everybody, and give actors time to save what they have."""
+        records = [r for r in self._table.procs.values() if r.state is ProcState.UP and not r.is_spare]
+        seconds = preempt_s()
+        self._draining = {record.proc for record in records}
+        self._drain_until_s = time.monotonic() + seconds
+        for owner in {record.owner for record in records} | {self._controller}:
+            owned = [record.proc for record in records if record.owner == owner]
+            self._tell(owner, "preempted", {"host": self._host, "seconds": seconds, "procs": owned})
+        for record in records:
+            self._tell(record.proc, "drain", {"seconds": seconds})
+
+    def _end_preempted(self) -> None:
+        """All have drained, or the time is over: hand over what is kept, and end."""
+        self._drain_until_s = None
+        self._is_preempted = True
+        self._tell(self._controller, "handover", {"kept": self._kept})
+        self._quit()
 
     def _close(self) -> None:
         self._zygotes.close()
+        self._watchdog.close()
         self._tell(self._controller, "bye", {})
         for link in self._links.values():
             link.close(linger_ms=500)
@@ -377,10 +507,41 @@ class Agent:
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    _REQUESTS: Final[dict[str, Callable[[Agent, str, dict[str, Any]], None]]] = {
+        "spawn": _on_spawn,
+        "up": _on_up,
+        "watch": _on_watch,
+        "failing": _on_failing,
+        "signal": _on_signal,
+        "stop": _on_stop,
+        "stop_mesh": _on_stop_mesh,
+        "restart": _on_restart,
+        "abandon": _on_abandon,
+        "policy": _on_policy,
+        "keep": _on_keep,
+        "recall": _on_recall,
+        "forget": _on_forget,
+        "ready": lambda self, sender, fields: self._watchdog.on_ready(sender, fields),
+        "pong": lambda self, sender, fields: self._watchdog.on_pong(sender, fields["number"]),
+        "drained": lambda self, sender, _fields: self._draining.discard(sender),
+        "take_over": lambda self, _sender, fields: self._kept.update(fields["kept"]),
+        "quit": lambda self, _sender, fields: self._quit(fields["grace_s"]),
+    }
+
+
+def _before(proc: str) -> str:
+    """The address of the process that was at this place before."""
+    return address(place_of(proc), incarnation_of(proc) - 1)
+
 
 def main(argv: list[str]) -> None:
     """Run an agent: ``DIRECTORY CONTROLLER CONTROLLER_PID HOST LOG_DIRECTORY``."""
     directory, controller, controller_pid, host, log_directory = argv
+    controller_fd = _open_parent(int(controller_pid))
+    if controller_fd is None:
+        # It was killed while this process started.
+        shutil.rmtree(directory, ignore_errors=True)
+        return
     adopt_orphans()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -394,4 +555,14 @@ def main(argv: list[str]) -> None:
         serve(theirs, agent=agent_pid, key="plain", modules=[], env={})
     theirs.close()
     logging.basicConfig(level=logging.WARNING, format="danaus agent: %(message)s")
-    Agent(directory, controller, int(controller_pid), host, log_directory, ours).run()
+    Agent(directory, controller, controller_fd, host, log_directory, ours).run()
+
+
+def _open_parent(pid: int) -> int | None:
+    """Return a pidfd of the parent process, or None where that is no longer ``pid``."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        if os.getppid() == pid:
+            return pidfd
+        os.close(pidfd)
+    return None

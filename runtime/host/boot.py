@@ -47,6 +47,8 @@ class BootPlan:
     """A spawn request, ready to be sent to the host agent."""
 
     fields: dict[str, Any]
+    boot: bytes
+    """Content of the file that each process reads when it starts."""
 
     def submit(self, local: LocalProc) -> None:
         """Send it."""
@@ -69,6 +71,9 @@ def make_plan(
     mesh_id: str,
     name: str,
     count: int,
+    dims: Sequence[tuple[str, int]],
+    spares: int,
+    restartable: bool,
     bootstrap: Callable[[], object] | None,
     env: Mapping[str, str],
     preload: Sequence[str] | None,
@@ -91,24 +96,29 @@ def make_plan(
     if isinstance(preload, str):
         raise TypeError(f"spawn_procs(preload={preload!r}): expected a list of modules, as in preload=[{preload!r}]")
     modules = tuple(_default_preload() if preload is None else dict.fromkeys(preload))
-    admit(count, read_limits(), Need(memory_bytes=(25 if "torch" in modules else 16) * _MIB))
+    admit(count + spares, read_limits(), Need(memory_bytes=(25 if "torch" in modules else 16) * _MIB))
     bindings = [] if proc_bind is None else resolve_bindings(proc_bind, num_procs=count, topology=read_topology())
     threads = max(1, (os.cpu_count() or 1) // max(count, 1))
+    boot = _dump_boot(bootstrap)
     fields = {
         "mesh": mesh_id,
         "name": name,
         "count": count,
+        "procs": [f"{mesh_id}.{rank}" for rank in range(count)],
+        "dims": list(dims),
+        "spares": spares,
+        "restartable": restartable,
         "env": {**{variable: str(threads) for variable in _THREAD_VARIABLES}, **env},
         "preload": modules,
         "zygote": _zygote_key(modules, env),
         "zygote_env": {key: value for key, value in env.items() if key.startswith(_IMPORT_TIME)},
         "sys_path": sys.path,
-        "boot_file": str(_write_boot_file(local, mesh_id, bootstrap)),
+        "boot_file": write_boot_file(local, mesh_id, boot),
         "cpus": [None if binding.cpus is None else sorted(binding.cpus) for binding in bindings],
         "mem_nodes": [None if binding.mem_nodes is None else sorted(binding.mem_nodes) for binding in bindings],
         "gpus": gpus,
     }
-    return BootPlan(fields)
+    return BootPlan(fields, boot)
 
 
 def _default_preload() -> list[str]:
@@ -138,16 +148,23 @@ def _zygote_key(modules: Sequence[str], env: Mapping[str, str]) -> str:
     return digest.hexdigest() if modules else "plain"
 
 
-def _write_boot_file(local: LocalProc, mesh_id: str, bootstrap: Callable[[], object] | None) -> Path:
-    path = Path(local.directory) / f"{mesh_id}.boot"
+def _dump_boot(bootstrap: Callable[[], object] | None) -> bytes:
     boot = BootFile(list(sys.path), os.getcwd(), bootstrap, sys.argv[0] if sys.argv else "")
     try:
-        data = cloudpickle.dumps(boot)
+        return cloudpickle.dumps(boot)
     except Exception as error:
         raise TypeError(f"spawn_procs(bootstrap=...): {bootstrap!r} cannot be pickled: {error}") from error
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+
+def write_boot_file(local: LocalProc, mesh_id: str, boot: bytes) -> str:
+    """Put what the processes of a mesh read into the job's directory, if it is not there; return the path."""
+    path = os.path.join(local.job_directory(), f"{mesh_id}.boot")
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return path
     with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
+        file.write(boot)
     return path
 
 

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _VARIABLE = "DANAUS_SYS_PATH"
 _BODY = (
@@ -22,13 +22,18 @@ _BODY = (
 
 
 def start(
-    module: str, *arguments: str, start_new_session: bool = False, pass_fds: Sequence[int] = ()
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    start_new_session: bool = False,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Run ``main(arguments)`` of a module of ours in a process of its own.
 
     Args:
         module: Its full name.
         *arguments: Command line arguments.
+        env: Variables that it has besides those of this process.
         start_new_session: As for :class:`subprocess.Popen`.
         pass_fds: As for :class:`subprocess.Popen`.
     """
@@ -37,7 +42,7 @@ def start(
     return subprocess.Popen(  # noqa: S603  our own interpreter and module
         command,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, _VARIABLE: path},
+        env={**os.environ, **(env or {}), _VARIABLE: path},
         start_new_session=start_new_session,
         pass_fds=pass_fds,
     )

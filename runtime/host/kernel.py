@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Container
 
 _PR_SET_PDEATHSIG: Final = 1
-_PR_SET_NAME: Final = 15
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,7 +77,9 @@ def _process_name(pid: int) -> bytes:
 
 def set_process_name(name: str) -> None:
     """Set what ``ps`` and ``top`` show; 15 characters are kept."""
-    _prctl(_PR_SET_NAME, name.encode()[:15])
+    # Not by prctl, which would name the calling thread.
+    with open("/proc/self/comm", "wb") as file:
+        file.write(name.encode()[:15])
 
 
 def num_threads() -> int:

@@ -2,19 +2,23 @@
 
 Pure: events and the time go in, commands come out; the agent carries them out.
 
-    STARTING --on_up--> UP --on_stop--> STOPPING --on_exit--> (gone)
-        |               |                              ^
-        +---on_stop-----+------------------------------+      on_exit from any state ends it
+    PENDING --on_spawn--> STARTING --on_up--> UP --on_stop--> STOPPING --on_exit--> (gone)
+       ^                      |               |                              ^
+       |                      +---on_stop-----+------------------------------+      on_exit from any state ends it
+       +--- the one before it has ended, and its mesh has a policy: its owner says whether it is to start
+
+A process's watchers watch the one that follows it at its place, too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
-from ..config import GRACE_S
+from ..address import address, incarnation_of, mesh_of, next_address, place_of, rank_of
+from ..config import GRACE_AFTER_ERROR_S, GRACE_S
 from ..failure import FailureKind, MeshFailure
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ TERM_S = 0.5
 class ProcState(Enum):
     """Where a process is in its life; the module's docstring draws it."""
 
+    PENDING = auto()
     STARTING = auto()
     UP = auto()
     STOPPING = auto()
@@ -42,18 +47,29 @@ class TellUp:
 
 @dataclass(frozen=True, slots=True)
 class TellGone:
-    """Command: tell ``to`` that ``proc`` has ended."""
+    """Command: tell ``to`` that ``proc`` has ended; ``following`` is what may take its place."""
 
     to: str
     proc: str
     failure: MeshFailure
+    following: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TellReplaced:
+    """Command: tell ``to`` that ``following`` takes the place of ``proc``, which ended earlier."""
+
+    to: str
+    proc: str
+    following: str
 
 
 @dataclass(frozen=True, slots=True)
 class AskStop:
-    """Command: ask ``proc`` to clean up and exit."""
+    """Command: ask ``proc`` to clean up and exit; ``failure`` says why, if that is to start it again."""
 
     proc: str
+    failure: MeshFailure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +81,28 @@ class Kill:
     signum: int
 
 
-Command = TellUp | TellGone | AskStop | Kill
+Command = TellUp | TellGone | TellReplaced | AskStop | Kill
+
+
+@dataclass(frozen=True, slots=True)
+class MeshInfo:
+    """What the processes of a mesh have in common.
+
+    Attributes:
+        mesh: Its id.
+        name: Its name.
+        owner: Address of the process that ordered it.
+        dims: Its dimensions, as (label, size).
+        size: Number of its ranks; processes of a higher rank are spares.
+        restartable: Whether a rank that has ended may be started again unasked.
+    """
+
+    mesh: str
+    name: str
+    owner: str
+    dims: tuple[tuple[str, int], ...]
+    size: int
+    restartable: bool = False
 
 
 @dataclass(slots=True)
@@ -73,16 +110,40 @@ class Proc:
     """What the table knows of one process."""
 
     proc: str
-    mesh: str
-    name: str
-    rank: int
-    owner: str
+    info: MeshInfo
     state: ProcState = ProcState.STARTING
     pid: int | None = None
     watchers: set[str] = field(default_factory=set)
     reason: tuple[FailureKind, str] | None = None
+    restart: MeshFailure | None = None
+    """Why it is stopped, if that is to start it again."""
     stop_at_s: float = 0.0
     escalation: int = 0
+
+    @property
+    def mesh(self) -> str:
+        """Id of its mesh."""
+        return self.info.mesh
+
+    @property
+    def name(self) -> str:
+        """Name of its mesh."""
+        return self.info.name
+
+    @property
+    def owner(self) -> str:
+        """Address of the process that ordered it."""
+        return self.info.owner
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return rank_of(self.proc)
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether it waits to take the place of another."""
+        return self.rank >= self.info.size
 
 
 class ProcTable:
@@ -92,13 +153,60 @@ class ProcTable:
         self.host = host
         self.procs: dict[str, Proc] = {}
         self.gone: dict[str, MeshFailure] = {}
+        self._following: dict[str, str] = {}
         self._early_watchers: dict[str, set[str]] = {}
+        self._late_watchers: dict[str, set[str]] = {}
 
-    def on_spawn(self, mesh: str, name: str, owner: str, procs: Sequence[tuple[str, int]]) -> None:
-        """A mesh was ordered; ``procs`` are (address, rank)."""
-        for proc, rank in procs:
-            record = self.procs[proc] = Proc(proc, mesh, name, rank, owner)
-            record.watchers = {owner} | self._early_watchers.pop(proc, set())
+    def on_spawn(self, info: MeshInfo, procs: Sequence[str]) -> list[Command]:
+        """Processes were ordered: a new mesh, or single ranks of a mesh again."""
+        commands: list[Command] = []
+        for proc in procs:
+            if proc in self.gone:
+                # Stopped or abandoned while the order was under way.
+                continue
+            record = self.procs.get(proc)
+            if record is None:
+                record = self.procs[proc] = Proc(proc, info, watchers={info.owner})
+                commands += self._fill_hole(record)
+            record.info, record.state = info, ProcState.STARTING
+            record.watchers |= self._early_watchers.pop(proc, set())
+            if record.is_spare:
+                record.watchers.clear()
+        return commands
+
+    def _fill_hole(self, record: Proc) -> list[Command]:
+        """Those who knew the process that ended at this place hear of the new one."""
+        before = address(place_of(record.proc), incarnation_of(record.proc) - 1)
+        if before not in self._late_watchers:
+            return []
+        self._following[before] = record.proc
+        watchers = self._late_watchers.pop(before)
+        record.watchers |= watchers
+        return [TellReplaced(watcher, before, record.proc) for watcher in sorted(watchers)]
+
+    def on_mesh_over(self, mesh: str) -> None:
+        """No rank of a mesh will be started again."""
+        self.on_policy(mesh, restartable=False)
+        for proc in [proc for proc in self._late_watchers if mesh_of(proc) == mesh]:
+            del self._late_watchers[proc]
+
+    def on_policy(self, mesh: str, *, restartable: bool) -> None:
+        """A mesh got or lost the policy by which its ranks are started again."""
+        for record in self.procs.values():
+            if record.mesh == mesh:
+                record.info = replace(record.info, restartable=restartable)
+
+    def on_adopt(self, spare: str, proc: str) -> None:
+        """``spare`` takes the place of ``proc``, which was ordered and not started; it will say that it is up."""
+        waiting, record = self.procs.pop(proc), self.procs.pop(spare)
+        record.proc, record.info, record.watchers = proc, waiting.info, waiting.watchers
+        record.state = ProcState.STARTING
+        self.procs[proc] = record
+
+    def find_spare(self, mesh: str) -> str | None:
+        """Return a spare of ``mesh`` that could take a place at once."""
+        ready = (r.proc for r in self.procs.values() if r.mesh == mesh and r.is_spare and r.state is ProcState.UP)
+        return next(ready, None)
 
     def on_started(self, proc: str, pid: int) -> list[Command]:
         """The process exists."""
@@ -114,7 +222,7 @@ class ProcTable:
         if record is None or record.state is ProcState.UP:
             return []
         if record.state is ProcState.STOPPING:
-            return [AskStop(proc)]
+            return [AskStop(proc, record.restart)]
         record.state = ProcState.UP
         return [TellUp(watcher, proc) for watcher in sorted(record.watchers)]
 
@@ -122,7 +230,12 @@ class ProcTable:
         """``watcher`` wants to hear when ``proc`` comes up and when it ends; at once, if it has."""
         failure = self.gone.get(proc)
         if failure is not None:
-            return [TellGone(watcher, proc, failure)]
+            following = self._following.get(proc)
+            told: list[Command] = [TellGone(watcher, proc, failure, following)]
+            if following is not None:
+                return told + self.on_watch(following, watcher)
+            self._late_watchers.setdefault(proc, set()).add(watcher)
+            return told
         record = self.procs.get(proc)
         if record is None:
             self._early_watchers.setdefault(proc, set()).add(watcher)
@@ -141,23 +254,47 @@ class ProcTable:
         record = self.procs.get(proc)
         if record is None:
             return []
+        if record.state is ProcState.STOPPING:
+            return self._end(record, kind=FailureKind.STOPPED)
         return self._end(record, kind=FailureKind.SPAWN_ERROR, detail=detail, traceback=traceback)
 
     def on_exit(
-        self, proc: str, *, exit_code: int | None, signum: int | None, log_tail: Sequence[str], now_s: float
+        self,
+        proc: str,
+        *,
+        exit_code: int | None,
+        signum: int | None,
+        log_tail: Sequence[str],
+        now_s: float,
+        out_of_memory: str = "",
     ) -> list[Command]:
-        """The process has ended: tell who waits, and stop the meshes it owned."""
+        """The process has ended: tell who waits, and stop the meshes it owned.
+
+        Args:
+            proc: Its address.
+            exit_code: Its exit status, where it exited.
+            signum: The signal that killed it, where one did.
+            log_tail: The last lines that it wrote.
+            now_s: The time.
+            out_of_memory: What the cgroups say, where it was the kernel that killed it for want of memory.
+        """
         record = self.procs.get(proc)
         if record is None:
             return []
         tail = tuple(log_tail)
-        if record.state is ProcState.STOPPING:
+        if record.restart is not None:
+            why = record.restart
+            commands = self._end(
+                record, kind=why.kind, log_tail=tail, traceback=why.traceback, detail=why.detail, cause=why.cause
+            )
+        elif record.state is ProcState.STOPPING:
             commands = self._end(record, kind=FailureKind.STOPPED)
         elif record.reason is not None:
             kind, traceback = record.reason
             commands = self._end(record, kind=kind, traceback=traceback, log_tail=tail)
         elif signum is not None:
-            commands = self._end(record, kind=FailureKind.KILLED, signum=signum, log_tail=tail)
+            kind = FailureKind.OUT_OF_MEMORY if out_of_memory else FailureKind.KILLED
+            commands = self._end(record, kind=kind, signum=signum, log_tail=tail, detail=out_of_memory)
         else:
             commands = self._end(record, kind=FailureKind.EXITED, exit_code=exit_code, log_tail=tail)
         return commands + self.on_owner_gone(proc, now_s=now_s)
@@ -173,17 +310,38 @@ class ProcTable:
             record = self.procs.get(proc)
             if record is None:
                 continue
-            if record.state is ProcState.STOPPING:
+            if record.state is ProcState.PENDING:
+                commands += self._end(record, kind=FailureKind.STOPPED)
+            elif record.state is ProcState.STOPPING:
+                record.restart = None
                 record.stop_at_s = min(record.stop_at_s, now_s + grace_s)
-                continue
-            was_up = record.state is ProcState.UP
-            record.state = ProcState.STOPPING
-            record.stop_at_s = now_s + grace_s
-            if was_up:
-                commands.append(AskStop(proc))
-            elif record.pid is not None:
-                commands.append(Kill(proc, record.pid, SIGTERM))
+            else:
+                commands += self._ask_stop(record, now_s=now_s, grace_s=grace_s)
         return commands
+
+    def on_restart(self, proc: str, failure: MeshFailure, *, now_s: float) -> list[Command]:
+        """End a process for the reason ``failure``, so that it can be started again."""
+        record = self.procs.get(proc)
+        if record is None or record.state in {ProcState.PENDING, ProcState.STOPPING}:
+            return []
+        record.restart = failure
+        is_stuck = failure.kind is FailureKind.STUCK
+        return self._ask_stop(record, now_s=now_s, grace_s=0.0 if is_stuck else GRACE_AFTER_ERROR_S)
+
+    def on_abandon(self, proc: str) -> list[Command]:
+        """The owner of ``proc``, which is pending, does not start it: it is gone as the one before it."""
+        record = self.procs.get(proc)
+        if record is None or record.state is not ProcState.PENDING:
+            return []
+        before = next(gone for gone, following in self._following.items() if following == proc)
+        return self._gone(record, replace(self.gone[before], restarts=False), following=None)
+
+    def _ask_stop(self, record: Proc, *, now_s: float, grace_s: float) -> list[Command]:
+        was_up = record.state is ProcState.UP
+        record.state, record.stop_at_s = ProcState.STOPPING, now_s + grace_s
+        if was_up:
+            return [AskStop(record.proc, record.restart)]
+        return [] if record.pid is None else [Kill(record.proc, record.pid, SIGTERM)]
 
     def check(self, *, now_s: float) -> list[Command]:
         """Return the signals for processes whose time to end has passed."""
@@ -191,7 +349,8 @@ class ProcTable:
         for record in self.procs.values():
             if record.state is not ProcState.STOPPING or record.pid is None or now_s < record.stop_at_s:
                 continue
-            signum = SIGTERM if record.escalation == 0 else SIGKILL
+            is_patient = record.escalation == 0 and not (record.restart and record.restart.kind is FailureKind.STUCK)
+            signum = SIGTERM if is_patient else SIGKILL
             record.escalation += 1
             record.stop_at_s = now_s + TERM_S
             commands.append(Kill(record.proc, record.pid, signum))
@@ -212,21 +371,39 @@ class ProcTable:
         log_tail: tuple[str, ...] = (),
         traceback: str = "",
         detail: str = "",
+        cause: MeshFailure | None = None,
     ) -> list[Command]:
+        info = record.info
+        may_follow = info.restartable and kind is not FailureKind.STOPPED and not record.is_spare
         failure = MeshFailure(
             kind=kind,
-            mesh=record.name,
+            mesh=info.name,
             rank=record.rank,
+            dims=info.dims,
             host=self.host,
             pid=record.pid,
+            incarnation=incarnation_of(record.proc),
             exit_code=exit_code,
             signum=signum,
             log_tail=log_tail,
             traceback=traceback,
             detail=detail,
+            cause=cause,
+            restarts=may_follow,
         )
-        del self.procs[record.proc]
-        self.gone[record.proc] = failure
+        return self._gone(record, failure, following=next_address(record.proc) if may_follow else None)
+
+    def _gone(self, record: Proc, failure: MeshFailure, *, following: str | None) -> list[Command]:
+        proc = record.proc
+        del self.procs[proc]
+        self.gone[proc] = failure
         for other in self.procs.values():
-            other.watchers.discard(record.proc)
-        return [TellGone(watcher, record.proc, failure) for watcher in sorted(record.watchers)]
+            other.watchers.discard(proc)
+        for watchers in self._late_watchers.values():
+            watchers.discard(proc)
+        if following is not None:
+            self._following[proc] = following
+            self.procs[following] = Proc(following, record.info, ProcState.PENDING, watchers=set(record.watchers))
+        elif failure.kind is not FailureKind.STOPPED:
+            self._late_watchers[proc] = set(record.watchers)
+        return [TellGone(watcher, proc, failure, following) for watcher in sorted(record.watchers)]

@@ -18,18 +18,26 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
 
+from ..address import AGENT
 from ..collectives.store import store_spawn
+from ..config import stuck_s
 from ..context import ActorInstance, bind_instance, set_local_proc
-from ..failure import FailureKind
+from ..failure import FailureKind, unpack_failure
+from ..hooks import Question
 from ..invoke import local_traceback
-from ..proc import AGENT, ROOT, LocalProc
+from ..overdue import OverdueNotes
+from ..proc import ROOT, LocalProc
 from ..runner import ActorRunner
+from ..testing import armed as faults
 from .boot import read_boot_file
 from .cpus import Binding, apply_binding
 from .kernel import set_process_name
+from .oom import be_likelier
+from .stacks import arm, stacks_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,8 +59,11 @@ def run_worker(request: dict[str, Any], out: int, err: int, agent: int) -> None:
         err: Descriptor that becomes standard error.
         agent: Pid of the host agent, which this process does not outlive.
     """
-    del agent
     _take_stdio(out, err)
+    be_likelier()
+    if stuck_s() > 0:
+        with contextlib.suppress(OSError):
+            arm(stacks_file(request["path"]), tracer=agent)
     os.environ.update(request["env"])
     set_process_name(request["proc"])
     apply_binding(Binding(_numbers(request.get("cpus")), _numbers(request.get("mem_nodes"))))
@@ -85,7 +96,12 @@ class Worker:
         local.on_unknown_actor = self._on_unknown_actor
         self._reason_noted = threading.Event()
         local.on_event["noted"] = lambda _fields: self._reason_noted.set()
+        local.on_event["inject"] = lambda fields: faults.on_inject(local, fields)
         local.on_event["stop"] = self._on_stop
+        local.on_event["adopt"] = self._on_adopt
+        local.on_event["drain"] = self._on_drain
+        OverdueNotes(local, _log.warning)
+        local.on_event["ping"] = lambda fields: local.request("pong", fields)
         local.on_event["log_level"] = lambda fields: logging.getLogger().setLevel(fields["level"])
         local.when_ready = self._when_ready
 
@@ -148,14 +164,55 @@ class Worker:
 
     def _on_ready(self) -> None:
         self._is_ready = True
+        self._tell_ready()
         waiting, self._waiting = self._waiting, []
         for task in waiting:
             task()
 
+    def _tell_ready(self) -> None:
+        """From now on the agent expects this thread to answer, and tells of it where it does not."""
+        main, io = threading.main_thread(), self._local.thread
+        fields = {
+            "io_thread": io.native_id,
+            "threads": {thread.ident: thread.name for thread in (main, io)},
+            "stacks": stacks_file(self._request["path"]),
+        }
+        self._local.request("ready", fields)
+
     def _on_spawn(self, envelope: wire.Envelope) -> None:
         runner = ActorRunner(self._local, envelope)
+        before = self._local.actors.get(runner.key)
+        if before is not None:
+            runner.follow(before)
         self._local.add_actor(runner.key, runner)
         self._when_ready(lambda: self._launch(runner))
+
+    def _on_adopt(self, request: dict[str, Any]) -> None:
+        """Take the place of a rank that was lost; so far this process was a spare."""
+        os.environ.update(request["env"])
+        set_process_name(request["proc"])
+        apply_binding(Binding(_numbers(request.get("cpus")), _numbers(request.get("mem_nodes"))))
+        self._local.rename(request["proc"], request["path"])
+        set_local_proc(self._local)
+        self._local.request("up", {"proc": request["proc"], "path": request["path"], "pid": self._local.pid})
+        if self._is_ready:
+            self._tell_ready()
+
+    def _on_drain(self, fields: dict[str, Any]) -> None:
+        """The host is about to be taken away: call the actors' ``__drain__``, and say when all have returned."""
+        runners = [runner for runner in self._local.actors.values() if runner.has_hook("__drain__")]
+        waiting = {runner.key for runner in runners}
+
+        def on_drained(key: str) -> None:
+            waiting.discard(key)
+            if not waiting:
+                self._local.request("drained", {})
+
+        for runner in runners:
+            done = partial(on_drained, runner.key)
+            runner.ask(Question("__drain__", fields["seconds"], partial(_run_soon, self._local, done)))
+        if not runners:
+            self._local.request("drained", {})
 
     def _on_unknown_actor(self, key: str) -> bool:
         """Make the store that process groups form through when it is first asked."""
@@ -176,18 +233,24 @@ class Worker:
 
     def _launch_apart(self, runner: ActorRunner) -> None:
         thread = threading.Thread(target=self._run_apart, args=(runner,), name=f"danaus-{runner.key}", daemon=True)
-        self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+        # Started first: the main thread may be about to join them.
         thread.start()
+        self._threads = [*(other for other in self._threads if other.is_alive()), thread]
 
     @staticmethod
     def _run_apart(runner: ActorRunner) -> None:
         set_torch_threads()
         runner.run()
 
-    def _on_stop(self, _fields: dict[str, Any]) -> None:
+    def _on_stop(self, fields: dict[str, Any]) -> None:
+        why = fields["failure"] and unpack_failure(fields["failure"])
         for runner in reversed(list(self._local.actors.values())):
-            runner.request_stop()
+            runner.request_stop(why)
         self._jobs.put(None)
+
+
+def _run_soon(local: LocalProc, done: Callable[[], None], _outcome: bool | None) -> None:
+    local.run_soon(done)
 
 
 def set_torch_threads() -> None:

@@ -88,6 +88,16 @@ class Zygotes:
             _close(zygote.pending.pop(proc)[2])
             self._on_started(proc, pid)
 
+    def give_up_pending(self) -> list[str]:
+        """Forget what has not started, and return it; what starts nevertheless ends with :meth:`close`."""
+        given_up: list[str] = []
+        for zygote in self._zygotes.values():
+            pending, zygote.pending = zygote.pending, {}
+            for proc, (_, _, pair) in pending.items():
+                _close(pair)
+                given_up.append(proc)
+        return given_up
+
     def close(self) -> None:
         """End every zygote, and what procs that have ended left behind, and wait until they are gone."""
         for zygote in list(self._zygotes.values()):

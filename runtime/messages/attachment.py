@@ -157,6 +157,22 @@ class Attachments:
             for pid in [pid for pid, owner in list(self._owners.items()) if owner == proc]:
                 self._cache.forget(pid)
 
+    def lend_again(self, out: Outgoing, holder: str) -> None:
+        """Let ``holder`` have, too, what somebody holds already."""
+        if self._pool is not None and isinstance(out.attachment, tuple):
+            from .segments import SegmentRef
+
+            self._pool.add_holder(SegmentRef.unpack(out.attachment[1:]).lease_id, holder)
+
+    def on_holder_renamed(self, old: str, new: str) -> None:
+        """What was meant for ``old`` goes to ``new`` instead."""
+        if self._pool is not None:
+            self._pool.rename_holder(old, new)
+
+    def rename(self, proc: str) -> None:
+        """This process has another address from now on."""
+        self._proc = proc
+
     def close(self) -> None:
         """Unmap everything."""
         if self._pool is not None:
@@ -173,6 +189,11 @@ class Incoming:
     def __init__(self, attachments: Attachments, content: Any) -> None:
         self._attachments, self._content = attachments, content
         self._opened = False
+
+    @property
+    def owner(self) -> str | None:
+        """The process whose memory this is a lease on; None for frames."""
+        return self._content[0] if isinstance(self._content[0], str) else None
 
     def buffers(self) -> Sequence[Any]:
         """The buffers, in order. To be called once."""

@@ -49,8 +49,11 @@ class CreditAccount:
         self.returned_bytes += size_bytes
 
     def grant_overdraft(self) -> None:
-        """Widen the bound: a cycle of senders waits for itself, and only going over a bound moves it."""
-        self.overdraft += max(1, self.overdraft)
+        """Widen the bound that holds back: a cycle of actors waits for itself, and only going over a bound moves it."""
+        if self.spent_bytes - self.returned_bytes >= self.bound_bytes:
+            self.bound_bytes *= 2
+        else:
+            self.overdraft += max(1, self.overdraft)
 
 
 class CreditDebt:

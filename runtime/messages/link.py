@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
+from ..interrupts import InterruptsHeld
 from . import wire
 from .credits import CreditAccount
 
@@ -43,7 +44,11 @@ class Link:
         self._held: list[list[Any]] = []
         self._batch: list[bytes] = []
         self._batch_bytes = 0
+        self._num_staged = 0
         self._closed = False
+        self.was_open = False
+        """Whether anything can have been sent."""
+        self._forward: Link | None = None
 
     @property
     def is_open(self) -> bool:
@@ -60,6 +65,7 @@ class Link:
             socket.sndhwm = 0
             socket.connect(address)
             self._socket = socket
+            self.was_open = True
             # The wrapper around it looks for options that are never used here.
             self._send_raw = partial(zmq.backend.Socket.send, socket)
             held, self._held = self._held, []
@@ -85,6 +91,9 @@ class Link:
             if self._socket is not None:
                 self._batch.append(data)
                 self._batch_bytes += len(data)
+                self._num_staged += 1
+            elif self._forward is not None:
+                self._forward.stage(data)
             elif not self._closed:
                 self._held.append([data])
 
@@ -92,28 +101,44 @@ class Link:
         """Same as :meth:`send` for a holder of ``lock``; return whether :meth:`wake` has to be called after it."""
         socket = self._socket
         if socket is None:
-            if not self._closed:
+            if self._forward is not None:
+                self._forward.send(data, frames)
+            elif not self._closed:
                 self._held.append([MULTIPART + data, *map(bytes, frames)] if frames else [data])
             return False
         if frames:
             self._flush(socket)
-            socket.send(MULTIPART + data, zmq.SNDMORE)
-            for frame in frames[:-1]:
-                socket.send(frame, zmq.SNDMORE, copy=True)
-            socket.send(frames[-1], copy=True)
+            # Cut off in between, it would take the next message for its rest.
+            with InterruptsHeld():
+                socket.send(MULTIPART + data, zmq.SNDMORE)
+                for frame in frames[:-1]:
+                    socket.send(frame, zmq.SNDMORE, copy=True)
+                socket.send(frames[-1], copy=True)
             return False
         if lazy:
             self._batch.append(data)
             self._batch_bytes += len(data)
             if self._batch_bytes >= _BATCH_BYTES:
                 self._flush(socket)
-            return len(self._batch) == 1
+            # The first that is not staged: what is staged has woken nobody.
+            return len(self._batch) - self._num_staged == 1
         if self._batch:
             self._batch.append(data)
             self._flush(socket)
         else:
             self._send_raw(data)
         return False
+
+    def forward_to(self, other: Link) -> None:
+        """Nothing was sent over this link: what is held, and what is sent from now on, goes over ``other``."""
+        with self.lock, other.lock:
+            held, self._held, self._forward = self._held, [], other
+            socket = other._socket
+            if socket is None:
+                other._held[:0] = held
+                return
+            for frames in held:
+                socket.send_multipart(frames, copy=False)
 
     def wake(self) -> None:
         """Have the I/O thread flush this link soon."""
@@ -137,8 +162,10 @@ class Link:
 
     def _flush(self, socket: zmq.Socket[bytes]) -> None:
         if self._batch:
-            batch, self._batch, self._batch_bytes = self._batch, [], 0
-            socket.send(b"".join(batch))
+            # Cut off in between, it would be lost or sent twice.
+            with InterruptsHeld():
+                batch, self._batch, self._batch_bytes, self._num_staged = self._batch, [], 0, 0
+                socket.send(b"".join(batch))
 
 
 class Lane:

@@ -141,6 +141,21 @@ class SegmentPool:
         """Note that ``holder`` has let go once. Return False where it held nothing (a late or repeated release)."""
         return self._end(lease_id, lambda lease: lease.on_release(holder))
 
+    def add_holder(self, lease_id: int, holder: str) -> bool:
+        """Lease what is leased already to one more. Return False where the lease has ended."""
+        with self._lock:
+            lease = self._leases.get(lease_id)
+            if lease is not None:
+                lease.holders[holder] += 1
+            return lease is not None
+
+    def rename_holder(self, old: str, new: str) -> None:
+        """What ``old`` held is held by ``new``."""
+        with self._lock:
+            for lease in self._leases.values():
+                if old in lease.holders:
+                    lease.holders[new] += lease.holders.pop(old)
+
     def release_holder(self, holder: str) -> int:
         """End everything that the dead ``holder`` held. Return the number of leases it held."""
         with self._lock:

@@ -4,14 +4,16 @@ Pure: bytes in, lists out. A frame holds any number of envelopes; the frames aft
 envelopes that announce them. Bodies are opaque here: only the thread that uses a value unpickles it.
 
     CALL    kind, actor, method, sender, sender_actor, port, slot, shape, flags, body, attachment
-    SPAWN   kind, actor, sender, body, attachment
+    SPAWN   kind, actor, sender, life, body, attachment       life: incarnation, may it be made again, file of its
+                                                              state, why the one before it is to end
     STOP    kind, actor, sender, port, slot
     PING    kind, actor, sender, port, slot                   answered once the actor (or the proc, with no actor) is up
     REPLY   kind, port, slot, status, load, body, attachment
-    CANCEL  kind, actor, sender, port
+    CANCEL  kind, actor, sender, port, overdue_s              the deadline that has passed, or 0: called off
     MORE    kind, actor, sender, port, count                  the caller of a generator has room for more items
     CREDIT  kind, from_proc, from_actor, to_actor, messages, size_bytes
     PROBE   kind, actor, origin_proc, origin_actor, wait_id   is there a cycle of senders waiting for room?
+    WAITS   kind, actor, caller, port, probe                  is there a cycle of actors waiting for answers? (waits.py)
     LEASE   kind, holder, lease_ids                           shared memory handed back
     EVENT   kind, name, fields                                agent to process
     REQUEST kind, name, sender, fields                        process to agent
@@ -43,14 +45,15 @@ LEASE: Final = 8
 EVENT: Final = 9
 REQUEST: Final = 10
 PING: Final = 11
+WAITS: Final = 12
 
-_ATTACHMENT_AT: Final = {CALL: 10, SPAWN: 4, REPLY: 6}
+_ATTACHMENT_AT: Final = {CALL: 10, SPAWN: 5, REPLY: 6}
 _FIELDS: Final = {
     CALL: 11,
-    SPAWN: 5,
+    SPAWN: 6,
     STOP: 5,
     REPLY: 7,
-    CANCEL: 4,
+    CANCEL: 5,
     MORE: 5,
     CREDIT: 6,
     PROBE: 5,
@@ -58,6 +61,7 @@ _FIELDS: Final = {
     EVENT: 3,
     REQUEST: 4,
     PING: 5,
+    WAITS: 5,
 }
 
 # Status of a REPLY.

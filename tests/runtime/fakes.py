@@ -54,6 +54,11 @@ class FakeProc:
         self.links: dict[str, FakeLink] = {}
         self.attachments = self
         self.num_droppable = 0
+        self.epoch = 0
+        self.current: dict[str, str] = {}
+
+    def resolve(self, place: str) -> str:
+        return self.current.get(place, place)
 
     def lane(self, proc: str, actor: str, *, sender: str, name: str, bound: int) -> Lane:
         link = self.links.setdefault(proc, FakeLink(proc))

@@ -407,13 +407,16 @@ def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
         ({"on_error": "last"}, 'expected "first" or "all"'),
         ({"reduce": "median"}, "expected one of sum, prod, min"),
         ({"reduce": "sum", "on_error": "all"}, "errors cannot be reduced"),
+        ({"retries": 3}, "may run twice then; declare it @endpoint.idempotent=True"),
+        ({"retries": -1}, "expected a number, 0 or more"),
+        ({"retries": True}, "expected a number, 0 or more"),
     ],
 )
 def test_options_that_do_not_exist_or_fit_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         mesh_of(Counter, dp=1).add.options(**options)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
-        mesh_of(Counter, dp=1).add.options(retries=3)
+        mesh_of(Counter, dp=1).add.options(priority=3)
 
 
 def test_options_belong_to_the_endpoint_they_were_set_on() -> None:

@@ -7,26 +7,24 @@ import os
 import stat
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import cloudpickle
 import msgpack
 import pytest
 
 from danaus.runtime.errors import AdmissionError
-from danaus.runtime.host.boot import BootPlan, make_plan, read_boot_file
+from danaus.runtime.host.boot import BootPlan, make_plan, read_boot_file, write_boot_file
 from danaus.runtime.messages import wire
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class FakeProc(SimpleNamespace):
     """What a plan needs of the process that makes it."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory=str(directory), requests=[])
+        super().__init__(directory=str(directory), requests=[], job_directory=lambda: str(directory))
 
     def request(self, name: str, fields: dict[str, Any]) -> None:
         self.requests.append((name, fields))
@@ -43,6 +41,9 @@ def plan(local: FakeProc, **changed: Any) -> BootPlan:
         "mesh_id": "workers-1",
         "name": "workers",
         "count": 2,
+        "dims": (("gpus", 2),),
+        "spares": 0,
+        "restartable": False,
         "bootstrap": None,
         "env": {},
         "preload": [],
@@ -72,6 +73,21 @@ def test_a_plan_is_plain_data_for_an_agent_that_never_unpickles(local: FakeProc)
     assert (fields["mesh"], fields["name"], fields["count"], fields["gpus"]) == ("workers-1", "workers", 2, "own")
     assert fields["preload"] == ["json"]
     assert fields["env"]["A"] == "b"
+
+
+def test_a_plan_orders_every_rank_and_says_what_reports_need(local: FakeProc) -> None:
+    fields = plan(local, count=2, spares=3, restartable=True).fields
+
+    assert fields["procs"] == ["workers-1.0", "workers-1.1"]
+    assert (fields["spares"], fields["restartable"], fields["dims"]) == (3, True, [("gpus", 2)])
+
+
+def test_spares_count_as_processes_that_the_host_has_to_hold(local: FakeProc) -> None:
+    with pytest.raises(AdmissionError) as told:
+        plan(local, count=1, spares=999_999_999)
+
+    assert told.value.num_procs == 1_000_000_000
+    assert files(local) == []
 
 
 def test_a_plan_is_sent_as_one_request(local: FakeProc) -> None:
@@ -113,10 +129,26 @@ def test_the_boot_file_is_private(local: FakeProc) -> None:
 
 
 def test_a_boot_file_is_never_written_over_another(local: FakeProc) -> None:
-    plan(local)
+    made = plan(local)
 
-    with pytest.raises(FileExistsError):
-        plan(local)
+    again = write_boot_file(local, "workers-1", b"something else")  # type: ignore[arg-type]
+
+    assert again == made.fields["boot_file"]
+    assert Path(again).read_bytes() == made.boot
+
+
+def test_a_boot_file_that_is_gone_is_written_again_into_the_directory_of_now(local: FakeProc, tmp_path: Path) -> None:
+    made = plan(local, bootstrap=functools.partial(pow, 2, 5))
+    second = tmp_path / "second"
+    second.mkdir()
+    local.job_directory = lambda: str(second)
+
+    path = write_boot_file(local, "workers-1", made.boot)  # type: ignore[arg-type]
+
+    assert os.path.dirname(path) == str(second)
+    boot = read_boot_file(path)
+    assert boot.bootstrap is not None
+    assert boot.bootstrap() == 32
 
 
 def test_a_bootstrap_that_cannot_be_pickled_is_refused_and_leaves_no_file(local: FakeProc) -> None:

@@ -87,12 +87,14 @@ def test_each_overdraft_at_least_doubles_what_may_be_over_the_bound() -> None:
     assert rooms == [2, 3, 5, 9]
 
 
-def test_an_overdraft_of_messages_does_not_lift_the_bound_of_bytes() -> None:
-    account = CreditAccount(1, 1000)
-    account.spend(1000)
+def test_an_overdraft_widens_the_bound_that_holds_the_sender_back() -> None:
+    account = CreditAccount(8, bound_bytes=100)
+    account.spend(60)
+    account.spend(60)
     account.grant_overdraft()
 
-    assert not account.has_room()
+    assert account.has_room()
+    assert (account.overdraft, account.bound_bytes) == (0, 200)
 
 
 @pytest.mark.parametrize(("bound", "messages_at"), [(1, 1), (2, 1), (3, 1), (4, 2), (1000, 500)])

@@ -21,6 +21,7 @@ from danaus.runtime.errors import (
     CallCancelledError,
     CallTimeoutError,
     DanausError,
+    DeadlockError,
     GroupBroken,
     MailboxFull,
     MessageError,
@@ -32,6 +33,7 @@ from danaus.runtime.failure import FailureKind, MeshFailure, pack_failure, unpac
 from danaus.runtime.invoke import dump_error, local_traceback
 from danaus.runtime.messages import wire
 from danaus.runtime.messages.attachment import load_body
+from danaus.runtime.supervision.waits import Wait
 
 REMOTE = 'Traceback (most recent call last):\n  File "job.py", line 3, in step\nValueError: too large\n'
 KILLED = MeshFailure(
@@ -42,6 +44,10 @@ KILLED = MeshFailure(
     pid=4711,
     signum=signal.SIGKILL,
     log_tail=("step 1", "step 2"),
+)
+CIRCLE = (
+    Wait("a.0", "a-1", 1, 10.0, "a rank 0", "f", "gpu7", 32, "b.g"),
+    Wait("b.1", "b-1", 1, 10.5, "b rank 1", "g", "gpu8", 33, "a.f"),
 )
 
 # One of each, with what its text has to name.
@@ -64,6 +70,10 @@ EXAMPLES: list[tuple[DanausError, list[str]]] = [
         ["step", "2.5 s", "rank 1", "rank 3"],
     ),
     (CallCancelledError("trainers.step"), ["trainers.step", "cancelled"]),
+    (
+        DeadlockError("a.f", CIRCLE, 12.0),
+        ["a.f", "a rank 0 in f", "waits for b.g on b rank 1", "gpu8", "33", "for a.f on a rank 0", "1.50 s", "pass on"],
+    ),
     (MailboxFull("trainers rank 3", 16), ["trainers rank 3", "16", "await", "mailbox="]),
     (SpawnError("no memory"), ["no memory"]),
     (AdmissionError(900, 40, "900 processes of 25 MiB"), ["900 processes of 25 MiB"]),
@@ -312,6 +322,10 @@ def test_failures_of_every_kind_travel_and_read(kind: FailureKind) -> None:
         ({"kind": FailureKind.EXITED, "exit_code": 3}, "exited with code 3"),
         ({"kind": FailureKind.STOPPED}, "has already been stopped; spawn a new one"),
         ({"kind": FailureKind.INIT_ERROR, "traceback": REMOTE}, "failed (init error): ValueError: too large"),
+        (
+            {"kind": FailureKind.INIT_ERROR, "traceback": f"{REMOTE}  2 > 1\ntake less"},
+            "failed (init error): ValueError: too large",
+        ),
         ({"kind": FailureKind.HOST_LOST}, "failed (host lost)"),
     ],
 )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from signal import SIGKILL, SIGSEGV, SIGTERM
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from danaus.runtime.failure import FailureKind, MeshFailure
 from danaus.runtime.host.proc_table import (
@@ -16,24 +14,27 @@ from danaus.runtime.host.proc_table import (
     AskStop,
     Command,
     Kill,
+    MeshInfo,
     ProcState,
     ProcTable,
     TellGone,
     TellUp,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-# A busy machine is no reason to fail.
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
 OWNER = "controller.0"
+Dims = tuple[tuple[str, int], ...]
 
 
-def table_of(count: int, *, up: bool = False, owner: str = OWNER, mesh: str = "m") -> ProcTable:
+def info_of(mesh: str, name: str, owner: str, count: int, *, restartable: bool = False, dims: Dims = ()) -> MeshInfo:
+    return MeshInfo(mesh, name, owner, dims, count, restartable=restartable)
+
+
+def table_of(
+    count: int, *, up: bool = False, owner: str = OWNER, mesh: str = "m", restartable: bool = False
+) -> ProcTable:
     table = ProcTable("gpu7")
-    table.on_spawn(mesh, "workers", owner, [(f"{mesh}.{rank}", rank) for rank in range(count)])
+    info = info_of(mesh, "workers", owner, count, restartable=restartable)
+    table.on_spawn(info, [f"{mesh}.{rank}" for rank in range(count)])
     for rank in range(count):
         if up:
             table.on_started(f"{mesh}.{rank}", 100 + rank)
@@ -136,7 +137,7 @@ def test_a_watch_may_come_before_the_spawn() -> None:
     table = ProcTable("gpu7")
     assert table.on_watch("m.0", "a.0") == []
 
-    table.on_spawn("m", "workers", OWNER, [("m.0", 0)])
+    table.on_spawn(info_of("m", "workers", OWNER, 1), ["m.0"])
 
     assert table.on_up("m.0") == [TellUp("a.0", "m.0"), TellUp(OWNER, "m.0")]
 
@@ -284,11 +285,11 @@ def test_a_process_that_comes_up_after_the_stop_is_asked_then_and_told_to_nobody
     assert table.procs["m.0"].state is ProcState.STOPPING
 
 
-def test_a_process_that_cannot_be_started_after_the_stop_is_still_reported() -> None:
+def test_a_process_that_cannot_be_started_after_the_stop_has_been_stopped() -> None:
     table = table_of(1)
     table.on_stop(["m.0"], now_s=0.0)
 
-    assert failure_in(table.on_not_started("m.0", "why")).kind is FailureKind.SPAWN_ERROR
+    assert failure_in(table.on_not_started("m.0", "why")).kind is FailureKind.STOPPED
     assert table.procs == {}
 
 
@@ -350,7 +351,7 @@ def test_the_next_check_is_the_earliest_of_those_that_stop() -> None:
 
 def test_what_a_dead_process_owned_is_stopped() -> None:
     table = table_of(2, up=True)
-    table.on_spawn("child", "children", "m.0", [("child.0", 0), ("child.1", 1)])
+    table.on_spawn(info_of("child", "children", "m.0", 2), ["child.0", "child.1"])
     table.on_started("child.0", 200)
     table.on_up("child.0")
     table.on_started("child.1", 201)
@@ -364,7 +365,7 @@ def test_what_a_dead_process_owned_is_stopped() -> None:
 
 def test_a_stopped_process_takes_what_it_owned_with_it() -> None:
     table = table_of(1, up=True)
-    table.on_spawn("child", "children", "m.0", [("child.0", 0)])
+    table.on_spawn(info_of("child", "children", "m.0", 1), ["child.0"])
     table.on_up("child.0")
     table.on_stop(["m.0"], now_s=0.0)
 
@@ -373,8 +374,8 @@ def test_a_stopped_process_takes_what_it_owned_with_it() -> None:
 
 def test_the_death_of_an_owner_reaches_its_grandchildren_one_by_one() -> None:
     table = table_of(1, up=True)
-    table.on_spawn("child", "children", "m.0", [("child.0", 0)])
-    table.on_spawn("grandchild", "grandchildren", "child.0", [("grandchild.0", 0)])
+    table.on_spawn(info_of("child", "children", "m.0", 1), ["child.0"])
+    table.on_spawn(info_of("grandchild", "grandchildren", "child.0", 1), ["grandchild.0"])
     for proc in ("child.0", "grandchild.0"):
         table.on_started(proc, 300)
         table.on_up(proc)
@@ -386,59 +387,16 @@ def test_the_death_of_an_owner_reaches_its_grandchildren_one_by_one() -> None:
 
 def test_the_end_of_the_controller_stops_only_what_it_owned() -> None:
     table = table_of(2, up=True)
-    table.on_spawn("child", "children", "m.0", [("child.0", 0)])
+    table.on_spawn(info_of("child", "children", "m.0", 1), ["child.0"])
 
     assert table.on_owner_gone(OWNER, now_s=0.0) == [AskStop("m.0"), AskStop("m.1")]
 
 
-# any order of events
+def test_a_kill_for_want_of_memory_is_called_that_and_says_whose_limit_it_was() -> None:
+    table = table_of(1, up=True)
 
-PROCS = ("m.0", "m.1", "child.0")
-EVENTS = st.tuples(
-    st.sampled_from(["started", "up", "watch", "failing", "not_started", "exit", "stop", "owner_gone", "check"]),
-    st.sampled_from(PROCS),
-)
+    table.on_exit("m.0", exit_code=None, signum=9, log_tail=["x"], now_s=1.0, out_of_memory="cgroup /job may use 1 GiB")
 
-
-def happen(table: ProcTable, event: str, proc: str, *, now_s: float) -> list[Command]:
-    def start() -> list[Command]:
-        is_new = proc in table.procs and table.procs[proc].pid is None
-        return table.on_started(proc, 100 + int(now_s)) if is_new else []
-
-    events: dict[str, Callable[[], list[Command] | None]] = {
-        "started": start,
-        "up": lambda: table.on_up(proc),
-        "watch": lambda: table.on_watch(proc, "watcher.0"),
-        "failing": lambda: table.on_failing(proc, FailureKind.ACTOR_ERROR, "why"),
-        "not_started": lambda: table.on_not_started(proc, "why"),
-        "exit": lambda: end(table, proc, exit_code=1, now_s=now_s),
-        "stop": lambda: table.on_stop([proc], now_s=now_s),
-        "owner_gone": lambda: table.on_owner_gone(proc, now_s=now_s),
-        "check": lambda: table.check(now_s=now_s),
-    }
-    return events[event]() or []
-
-
-@UNHURRIED
-@given(st.lists(EVENTS, max_size=40))
-def test_in_any_order_of_events_each_process_ends_once_and_each_owner_hears_of_it(
-    events: list[tuple[str, str]],
-) -> None:
-    table = table_of(2)
-    table.on_spawn("child", "children", "m.0", [("child.0", 0)])
-    ends: list[tuple[str, str]] = []
-    for now_s, (event, proc) in enumerate(events):
-        commands = happen(table, event, proc, now_s=float(now_s))
-        if event != "watch":
-            ends += [(command.to, command.proc) for command in commands if isinstance(command, TellGone)]
-        for command in commands:
-            if isinstance(command, Kill):
-                assert table.procs[command.proc].pid == command.pid
-                assert table.procs[command.proc].state is ProcState.STOPPING
-
-    assert len(set(ends)) == len(ends)
-    assert set(table.procs) | set(table.gone) == set(PROCS)
-    assert not set(table.procs) & set(table.gone)
-    owners = {"m.0": OWNER, "m.1": OWNER, "child.0": "m.0"}
-    for proc in table.gone:
-        assert (owners[proc], proc) in ends or owners[proc] in table.gone
+    failure = table.gone["m.0"]
+    assert (failure.kind, failure.signum, failure.detail) == (FailureKind.OUT_OF_MEMORY, 9, "cgroup /job may use 1 GiB")
+    assert failure.log_tail == ("x",)

@@ -101,7 +101,7 @@ def test_a_call_that_times_out_names_its_rank_and_is_called_off() -> None:
 
     with pytest.raises(CallTimeoutError, match=r"m\.f: no reply within 2.5 s from m rank 0"):
         future.get(timeout=0)
-    assert fed.proc.sent == [("w.0", [wire.CANCEL, "actor", "me.0", fed.call.port])]
+    assert fed.proc.sent == [("w.0", [wire.CANCEL, "actor", "me.0", fed.call.port, 2.5])]
     assert not fed.is_listening
     assert fed.under_way() == [(0, 0)]
 
@@ -132,7 +132,7 @@ def test_cancelling_a_call_that_waits_for_room_takes_it_back_and_tells_nobody() 
     while lane.account.has_room():
         lane.account.spend(0)
     out = Outgoing(b"body")
-    lane.post_later(fed.call.port, wire.pack([wire.CANCEL, "a", "b", 1]), out)
+    lane.post_later(fed.call.port, wire.pack([wire.CANCEL, "a", "b", 1, 0.0]), out)
 
     future.cancel()
 

@@ -21,14 +21,15 @@ BODY = st.binary(max_size=64)
 # One strategy for the fields of each kind; attachments of None only, frames have tests of their own.
 KINDS: dict[int, list[st.SearchStrategy[Any]]] = {
     wire.CALL: [TEXT, TEXT, TEXT, TEXT, NUMBER, NUMBER, st.none(), NUMBER, BODY, st.none()],
-    wire.SPAWN: [TEXT, TEXT, BODY, st.none()],
+    wire.SPAWN: [TEXT, TEXT, st.tuples(NUMBER, st.booleans(), st.none() | TEXT).map(list), BODY, st.none()],
     wire.STOP: [TEXT, TEXT, NUMBER, NUMBER],
     wire.PING: [TEXT, TEXT, NUMBER, NUMBER],
     wire.REPLY: [NUMBER, NUMBER, NUMBER, NUMBER, st.none() | BODY, st.none()],
-    wire.CANCEL: [TEXT, TEXT, NUMBER],
+    wire.CANCEL: [TEXT, TEXT, NUMBER, st.floats(0, 1e6)],
     wire.MORE: [TEXT, TEXT, NUMBER, NUMBER],
     wire.CREDIT: [TEXT, TEXT, TEXT, NUMBER, NUMBER],
     wire.PROBE: [TEXT, TEXT, TEXT, NUMBER],
+    wire.WAITS: [TEXT, TEXT, NUMBER, st.lists(NUMBER, max_size=3)],
     wire.LEASE: [TEXT, st.lists(NUMBER, max_size=4)],
     wire.EVENT: [TEXT, st.dictionaries(TEXT, TEXT, max_size=3)],
     wire.REQUEST: [TEXT, TEXT, st.dictionaries(TEXT, TEXT, max_size=3)],
@@ -47,7 +48,7 @@ def reply(attachment: Any) -> list[Any]:
 
 
 def spawn(attachment: Any) -> list[Any]:
-    return [wire.SPAWN, "actor", "proc", b"", attachment]
+    return [wire.SPAWN, "actor", "proc", [0, False, None, None], b"", attachment]
 
 
 def outcome_of(frames: list[Any]) -> list[list[Any]] | None:
@@ -60,7 +61,7 @@ def outcome_of(frames: list[Any]) -> list[list[Any]] | None:
 
 def test_every_kind_has_a_round_trip() -> None:
     kinds = [wire.CALL, wire.SPAWN, wire.STOP, wire.REPLY, wire.CANCEL, wire.MORE]
-    kinds += [wire.CREDIT, wire.PROBE, wire.LEASE, wire.EVENT, wire.REQUEST, wire.PING]
+    kinds += [wire.CREDIT, wire.PROBE, wire.LEASE, wire.EVENT, wire.REQUEST, wire.PING, wire.WAITS]
 
     assert sorted(KINDS) == sorted(kinds) == list(range(len(kinds)))
 
@@ -96,13 +97,13 @@ def test_a_reference_to_a_segment_stays_in_its_envelope() -> None:
 
 
 def test_frames_go_in_order_to_the_envelopes_that_announce_them() -> None:
-    first = b"".join(map(wire.pack, [call(2), [wire.CANCEL, "actor", "proc", 1], reply(1), spawn(3)]))
+    first = b"".join(map(wire.pack, [call(2), [wire.CANCEL, "actor", "proc", 1, 2.5], reply(1), spawn(3)]))
 
     envelopes = list(wire.unpack([first, b"a", b"b", b"c", b"d", b"e", b"f"]))
 
     assert envelopes == [
         call([b"a", b"b"]),
-        [wire.CANCEL, "actor", "proc", 1],
+        [wire.CANCEL, "actor", "proc", 1, 2.5],
         reply([b"c"]),
         spawn([b"d", b"e", b"f"]),
     ]
