@@ -164,6 +164,19 @@ def test_siblings_are_really_tried() -> None:
     assert [check.name for check in check_machine.check_siblings()] == ["shared memory", "process_vm_readv"]
 
 
+def test_py_spy_is_really_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = tmp_path / "py-spy"
+    refused.write_text("#!/bin/sh\necho 'Error: Permission denied: try again as root' >&2\nexit 1\n")
+    refused.chmod(0o755)
+
+    monkeypatch.setattr(check_software, "find_py_spy", lambda: str(refused))
+    assert check_software.check_py_spy().detail.endswith(
+        "cannot look at another process: Permission denied: try again as root"
+    )
+    monkeypatch.setattr(check_software, "find_py_spy", lambda: None)
+    assert check_software.check_py_spy().status is Status.ABSENT
+
+
 def test_a_socket_directory_must_be_writable_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DANAUS_SOCKET_DIR", "/tmp/" + "x" * 60)
 

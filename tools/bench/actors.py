@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...runtime import Actor, endpoint
 from . import acts
 
@@ -27,3 +29,13 @@ class AsyncProbe(Actor):
     """The async endpoint, on an actor of its own: a running loop must not slow the sync one."""
 
     noop_async = endpoint(acts.noop_async)
+
+
+class Knot(Actor):
+    """Waits for another actor, which may wait for this one."""
+
+    @endpoint
+    def ask(self, others: list[Any]) -> None:
+        """Have the first of ``others`` ask the rest, and wait for it."""
+        if others:
+            others[0].ask.call_one(others[1:]).get(timeout=60)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _GOAL: Final = Goal(at_most=5, p99_at_most=15)
 _KILLS: Final = ("first", "second")
+_REPORTED_S: Final = 0.5
 _BUSY_LIMIT: Final = "pidfd beside the busy thread"
 _ENOUGH: Final = 3
 
@@ -34,8 +35,7 @@ def _deaths(name: str, rows: dict[str, Row], *, busy: bool) -> Measure:
         busy_limit: list[float] = []
         nursery = limits.Nursery()
         end = time.perf_counter() + BUDGET_S
-        # The runtime reports each death, as it should.
-        with limits.closing_all(nursery), redirect_stderr(StringIO()):
+        with limits.closing_all(nursery), hidden_reports():
             for number in range(lab.effort.deaths):
                 lab.say(f"{rows['first'].title}, {number + 1} of {lab.effort.deaths}")
                 limit.append(nursery.kill_time())
@@ -44,7 +44,7 @@ def _deaths(name: str, rows: dict[str, Row], *, busy: bool) -> Measure:
                         busy_limit.append(nursery.kill_time())
                     for rank, kill in enumerate(_KILLS):
                         if kill in rows:
-                            samples[kill].append(_death_time(group, rank))
+                            samples[kill].append(death_time(group, rank))
                             # At once: a runtime may never report the next one.
                             lab.record(rows[kill], samples[kill], limit=limit, beside={_BUSY_LIMIT: busy_limit})
                 if number >= _ENOUGH and time.perf_counter() > end:
@@ -53,13 +53,23 @@ def _deaths(name: str, rows: dict[str, Row], *, busy: bool) -> Measure:
     return Measure(name=name, rows=tuple(rows.values()), run=run)
 
 
-def _death_time(group: Group, rank: int) -> float:
+def death_time(group: Group, rank: int) -> float:
+    """Return the seconds from SIGKILL of a rank to the exception at a caller that waits on it."""
     pid = group.pids()[rank]
     wait_failed = group.hang(rank)
     killed_at = limits.kill_soon(pid)
     wait_failed()
     failed_at = time.perf_counter()
     return failed_at - killed_at()
+
+
+@contextmanager
+def hidden_reports() -> Generator[None]:
+    """Keep from the terminal what the runtime reports of failures, as it should."""
+    with redirect_stderr(StringIO()):
+        yield
+        # A report waits a moment for what follows from its root.
+        time.sleep(_REPORTED_S)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import failure, latency, memory, payloads, record, scale, startup, table, throughput
+from . import failure, latency, memory, payloads, record, repair, scale, startup, table, throughput
 from .compare import regressions
 from .lab import FULL, QUICK, Lab, Measure
 from .peers import load_peer
@@ -27,7 +27,7 @@ _INTERRUPTED: Final = 130
 # Memory first, before this process has imported what the payloads need.
 MEASURES: Final[tuple[Measure, ...]] = tuple(
     itertools.chain.from_iterable(
-        part.MEASURES for part in (memory, startup, latency, throughput, failure, payloads, scale)
+        part.MEASURES for part in (memory, startup, latency, throughput, failure, repair, payloads, scale)
     )
 )
 
