@@ -255,7 +255,7 @@ class ProcTable:
         if record is None:
             return []
         if record.state is ProcState.STOPPING:
-            return self._end(record, kind=FailureKind.STOPPED)
+            return self._end_as_told(record, ())
         return self._end(record, kind=FailureKind.SPAWN_ERROR, detail=detail, traceback=traceback)
 
     def on_exit(
@@ -282,13 +282,8 @@ class ProcTable:
         if record is None:
             return []
         tail = tuple(log_tail)
-        if record.restart is not None:
-            why = record.restart
-            commands = self._end(
-                record, kind=why.kind, log_tail=tail, traceback=why.traceback, detail=why.detail, cause=why.cause
-            )
-        elif record.state is ProcState.STOPPING:
-            commands = self._end(record, kind=FailureKind.STOPPED)
+        if record.state is ProcState.STOPPING:
+            commands = self._end_as_told(record, tail)
         elif record.reason is not None:
             kind, traceback = record.reason
             commands = self._end(record, kind=kind, traceback=traceback, log_tail=tail)
@@ -298,6 +293,15 @@ class ProcTable:
         else:
             commands = self._end(record, kind=FailureKind.EXITED, exit_code=exit_code, log_tail=tail)
         return commands + self.on_owner_gone(proc, now_s=now_s)
+
+    def _end_as_told(self, record: Proc, log_tail: tuple[str, ...]) -> list[Command]:
+        """It was told to end: for good, or to be started again."""
+        why = record.restart
+        if why is None:
+            return self._end(record, kind=FailureKind.STOPPED)
+        return self._end(
+            record, kind=why.kind, log_tail=log_tail, traceback=why.traceback, detail=why.detail, cause=why.cause
+        )
 
     def on_owner_gone(self, owner: str, *, now_s: float) -> list[Command]:
         """Stop what a process that is gone had spawned."""

@@ -294,6 +294,17 @@ def test_a_process_to_be_restarted_is_asked_to_stop_and_its_end_says_why() -> No
     assert (failure.kind, failure.detail, failure.cause, failure.pid) == (AGAIN.kind, AGAIN.detail, STUCK, 100)
 
 
+def test_a_process_to_be_restarted_that_was_not_yet_started_is_followed_all_the_same() -> None:
+    table = ProcTable("gpu7")
+    table.on_spawn(POLICY, ["m.0"])
+
+    assert table.on_restart("m.0", AGAIN, now_s=0.0) == []
+    commands = table.on_not_started("m.0", "")
+
+    assert told(commands) == [(OWNER, "m.0", "m.0~1")]
+    assert failure_in(commands).kind is FailureKind.RESTARTED
+
+
 def test_a_process_to_be_restarted_that_is_stopped_after_all_is_stopped() -> None:
     table = table_of(POLICY)
     table.on_restart("m.0", AGAIN, now_s=0.0)
