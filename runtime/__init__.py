@@ -45,8 +45,8 @@ from .registry import get_or_spawn_controller
 from .shapes.shape import Extent, Point, Region
 from .supervision.elastic import Health
 from .supervision.hook import unhandled_fault_hook
+from .supervision.owned import Change
 from .supervision.restart import Restart
-from .supervision.supervisor import Change
 
 __all__ = [
     "Accumulator",

@@ -14,7 +14,7 @@ from .messages import wire
 from .messages.payload import dump
 from .shapes.mesh_trait import MeshTrait
 from .supervision.elastic import Health, check_health
-from .supervision.supervisor import KEEPER
+from .supervision.owned import KEEPER
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .actor import Actor
     from .failure import MeshFailure
-    from .supervision.supervisor import Change
+    from .supervision.owned import Change
 
     A = TypeVar("A", bound=Actor)
 else:

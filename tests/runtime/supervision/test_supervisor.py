@@ -15,11 +15,12 @@ from danaus.runtime.failure import FailureKind, MeshFailure, pack_failure, unpac
 from danaus.runtime.messages import wire
 from danaus.runtime.messages.attachment import Outgoing
 from danaus.runtime.shapes.shape import Extent
-from danaus.runtime.supervision import asking
-from danaus.runtime.supervision import supervisor as module
+from danaus.runtime.supervision import actor_supervisor, asking, supervisor, tree
 from danaus.runtime.supervision.asking import LOOK_S, SUPERVISE_S
+from danaus.runtime.supervision.owned import KEEPER, Change
 from danaus.runtime.supervision.restart import RankState, Restart
-from danaus.runtime.supervision.supervisor import KEEPER, Change, Supervisor
+from danaus.runtime.supervision.supervisor import Supervisor
+from danaus.runtime.supervision.tree import TOLD_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -203,8 +204,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A supervisor under a clock of the test's own; callbacks run at once."""
     local = FakeLocal(tmp_path)
     clock = SimpleNamespace(monotonic=lambda: local.now_s)
-    monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(asking, "time", clock)
+    for module in (actor_supervisor, asking, supervisor, tree):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(future, "_run_apart", lambda task: task())
     return World(local)
 
@@ -355,7 +356,7 @@ def test_at_the_root_the_script_gets_a_moment_to_hear_of_it_by_itself(world: Wor
     failure = world.die(f"{MESH}.1")
 
     assert unhandled == []
-    world.local.advance(module.TOLD_S)
+    world.local.advance(TOLD_S)
     assert unhandled == [failure]
     world.local.advance(100)
     assert unhandled == [failure]
@@ -369,7 +370,7 @@ def test_what_a_call_of_the_script_was_told_does_not_reach_the_hook(world: World
     world.supervisor.on_told(failure)
     other = world.die(f"{MESH}.2")
 
-    world.local.advance(module.TOLD_S)
+    world.local.advance(TOLD_S)
 
     assert unhandled == [other]
 
@@ -382,7 +383,7 @@ def test_to_be_told_of_the_root_of_a_chain_is_enough(world: World) -> None:
     world.supervisor.on_told(root)
 
     world.local.on_event["escalated"]({"to": "nobody", "failure": pack_failure(chained)})
-    world.local.advance(module.TOLD_S)
+    world.local.advance(TOLD_S)
 
     assert unhandled == []
 
