@@ -1,6 +1,6 @@
 """Reusable actors, and the plain torch that they host. Importing this imports torch."""
 
-from .checkpoints import list_checkpoints, newest_checkpoint, read_manifest
+from .checkpoints import list_checkpoints, newest_checkpoint, newest_step, read_manifest
 from .corpus import Corpus, find_texts, make_corpus, read_documents
 from .optimizer import OptimizerConfig
 from .replica import Replica, StepMetrics
@@ -23,6 +23,7 @@ __all__ = [
     "list_checkpoints",
     "make_corpus",
     "newest_checkpoint",
+    "newest_step",
     "read_documents",
     "read_manifest",
 ]

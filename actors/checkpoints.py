@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..runtime.testing import point
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,10 +42,12 @@ class Manifest:
     Attributes:
         step: Number of completed steps.
         identity: What the course of the run depends on, as JSON knows it.
+        metrics: What was reported of the last of these steps; None where there is none.
     """
 
     step: int
     identity: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None = None
 
     def differences(self, identity: Mapping[str, Any]) -> list[str]:
         """Return what is not as in ``identity``, as ``"optimizer.peak_lr is 0.1 there and 0.2 here"``."""
@@ -69,6 +73,17 @@ def newest_checkpoint(directory: str | Path) -> Path | None:
     """Return the complete checkpoint of the highest step, or None."""
     found = list_checkpoints(directory)
     return found[-1] if found else None
+
+
+def newest_step(directory: str | Path) -> int:
+    """Return the step of the newest complete checkpoint in ``directory``, 0 where there is none."""
+    newest = newest_checkpoint(directory)
+    return 0 if newest is None else int(newest.name.removeprefix("step-"))
+
+
+def checkpoint_path(directory: str | Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies, or would lie."""
+    return Path(directory) / f"step-{step:08d}"
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -101,7 +116,7 @@ def save_checkpoint(directory: str | Path, tensors: Mapping[str, Tensor], manife
         raise ValueError(f"save_checkpoint: keep={keep} would remove the checkpoint just written; use 1 or more")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    final = directory / f"step-{manifest.step:08d}"
+    final = checkpoint_path(directory, manifest.step)
     part = _part_name(final)
     try:
         _write(part, tensors, manifest)
@@ -147,6 +162,7 @@ def _write(part: Path, tensors: Mapping[str, Tensor], manifest: Manifest) -> Non
 
     writer = FileSystemWriter(part, sync_files=True)
     _single_process(lambda: save(dict(tensors), storage_writer=writer, no_dist=True))
+    point("checkpoint", step=manifest.step)
     with (part / _MANIFEST).open("w") as file:
         json.dump(asdict(manifest), file, indent=2)
         file.flush()

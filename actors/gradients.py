@@ -59,7 +59,7 @@ class GradientBuckets:
     def begin(self) -> None:
         """Set all gradients to zero, once what an earlier step left unfinished no longer writes to them."""
         while self._works:
-            with suppress(RuntimeError):
+            with suppress(Exception):
                 self._works.pop(0).wait()
         self._sending, self._next = False, 0
         for bucket in self._buckets:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ..runtime.testing import point
 from .batches import Batches, mixed_seed, share, validation_windows
 from .checkpoints import Manifest, load_checkpoint, read_manifest, save_checkpoint
 from .gradients import GradientBuckets
 from .memory import MemoryMeter
 from .models.generate import generate
-from .models.llama import next_token_loss
 from .optimizer import learning_rate, set_learning_rate
 from .train_state import TrainState, torch_device
 
@@ -60,6 +60,11 @@ class Replica:
     """Model, optimizer and data of one rank.
 
     Methods with a ``group`` are collective: all ranks of it call them in the same order. None means this rank alone.
+    :class:`Peers` brings replicas together that are not at the same step.
+
+    Attributes:
+        state: What training changes.
+        last: What was reported of the last completed step, by this rank or by the one that its state is from.
 
     Args:
         config: The run.
@@ -94,6 +99,7 @@ class Replica:
         )
         self._held_out = validation_windows(corpus.val_tokens, seq_len=config.seq_len, max_windows=config.eval_windows)
         self.state = TrainState.fresh(config, self.device)
+        self.last: StepMetrics | None = None
         self._memory = MemoryMeter(self.device)
         self._buckets = GradientBuckets(self.state.model.parameters(), bucket_bytes=config.bucket_bytes)
 
@@ -103,9 +109,11 @@ class Replica:
         Until the gradients of all ranks are in and sound, nothing else changes; then weights, optimizer and step do.
 
         Raises:
-            RuntimeError: A collective failed; the state is that before the step.
+            RuntimeError: A collective failed; the state is that before the step. Or an earlier update was cut short.
             FloatingPointError: The gradient is not finite; the state is that before the step.
+            Exception: The update itself failed; the state is unsound.
         """
+        self.check_sound()
         started_s = time.perf_counter()
         state, config = self.state, self.config
         loss = self._gradients(group)
@@ -117,11 +125,13 @@ class Replica:
                 "Lower peak_lr, warm up longer, or look at the data of this step"
             )
         lr = learning_rate(state.step, config.optimizer)
-        set_learning_rate(state.optimizer, lr)
-        state.optimizer.step()
-        state.step += 1
+        with state.changing():
+            set_learning_rate(state.optimizer, lr)
+            state.optimizer.step()
+            point("optimizer", step=state.step + 1)
+            state.step += 1
         now_s = time.perf_counter()
-        return StepMetrics(
+        self.last = StepMetrics(
             step=state.step,
             loss=loss,
             grad_norm=norm,
@@ -130,24 +140,40 @@ class Replica:
             duration_s=now_s - started_s,
             memory_bytes=self._memory.read_bytes(now_s=now_s),
         )
+        return self.last
+
+    def check_sound(self) -> None:
+        """Raise where an update of the state was cut short.
+
+        Raises:
+            RuntimeError: It was.
+        """
+        if not self.state.is_sound:
+            raise RuntimeError(
+                f"the state of rank {self.rank} was overwritten in part when it failed after step {self.state.step}: "
+                "load a checkpoint, or let Peers.meet take the state of another rank"
+            )
 
     def _gradients(self, group: dist.ProcessGroup | None) -> float:
         """Fill the gradients of the global mean loss, equal on all ranks; return that loss."""
-        config, model = self.config, self.state.model
+        config, model, number = self.config, self.state.model, self.state.step + 1
         if config.model.dropout:
             torch.manual_seed(mixed_seed(config.seed, self.state.step, self.rank))
         self._buckets.begin()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for samples, is_last in self._micro_batches():
+            point("data", step=number)
             inputs_BT, targets_BT = self._batches.take(self.state.step, samples)
+            point("forward", step=number)
             with self._autocast():
-                logits_BTV = model(inputs_BT.to(self.device))
-            loss = next_token_loss(logits_BTV, targets_BT.to(self.device))
+                loss = model.loss(inputs_BT.to(self.device), targets_BT.to(self.device))
             loss_sum += loss.detach()
+            point("backward", step=number)
             if is_last:
                 self._buckets.send_during(group)
             (loss / config.tokens_per_step).backward()
         self._buckets.finish()
+        point("all_reduce", step=number)
         # after the buckets: every rank has to start the same collectives in turn
         if group is not None:
             dist.all_reduce(loss_sum, group=group)
@@ -171,8 +197,7 @@ class Replica:
         for start in range(0, len(inputs_BT), self.config.micro_batch_size):
             rows = slice(start, start + self.config.micro_batch_size)
             with self._autocast():
-                logits_BTV = model(inputs_BT[rows].to(self.device))
-            sums[0] += next_token_loss(logits_BTV, targets_BT[rows].to(self.device))
+                sums[0] += model.loss(inputs_BT[rows].to(self.device), targets_BT[rows].to(self.device))
             sums[1] += targets_BT[rows].numel()
         model.train()
         if group is not None:
@@ -209,8 +234,15 @@ class Replica:
         }
 
     def save(self, directory: str | Path, *, keep: int = 3) -> Path:
-        """Write a checkpoint of this replica, which stands for all; see :func:`save_checkpoint`."""
-        return save_checkpoint(directory, self.state.tensors(), Manifest(self.state.step, self.identity()), keep=keep)
+        """Write a checkpoint of this replica, which stands for all; see :func:`save_checkpoint`.
+
+        Raises:
+            RuntimeError: The last update of the state was cut short.
+        """
+        self.check_sound()
+        last = None if self.last is None else asdict(self.last)
+        manifest = Manifest(self.state.step, self.identity(), last)
+        return save_checkpoint(directory, self.state.tensors(), manifest, keep=keep)
 
     def load(self, path: str | Path, *, exact: bool = True) -> int:
         """Take the state from a checkpoint.
@@ -234,10 +266,8 @@ class Replica:
             raise ValueError(f"{path} is of another run: {'; '.join(fatal)}. Use the same settings, or, {advice}")
         if differences:
             _log.warning("going on from %s with other settings: %s", path, "; ".join(differences))
-        self.state.step = load_checkpoint(path, self.state.tensors()).step
-        return self.state.step
-
-    def replicate(self, group: dist.ProcessGroup, source: int) -> int:
-        """Take the state of rank ``source``; return the number of completed steps. Collective."""
-        self.state.replicate(group, source)
+        with self.state.changing():
+            manifest = load_checkpoint(path, self.state.tensors())
+            self.state.step = manifest.step
+        self.last = None if manifest.metrics is None else StepMetrics(**manifest.metrics)
         return self.state.step

@@ -56,5 +56,7 @@ class TrainConfig:
         fields = asdict(self)
         for name in ("micro_batch_size", "bucket_bytes", "eval_windows"):
             del fields[name]
+        # Like the device, kernels change how results are rounded, not what is computed.
+        del fields["model"]["kernels"]
         fields["optimizer"]["betas"] = list(self.optimizer.betas)
         return fields

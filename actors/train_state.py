@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from .models.llama import Llama
 from .optimizer import make_optimizer
 
 if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
     from .train_config import TrainConfig
 
 
@@ -22,12 +25,21 @@ class TrainState:
     """Weights, optimizer and the number of completed steps.
 
     There is nothing else: data order, learning rate and random numbers are functions of the config and ``step``. A step
-    changes this object in one place, after all that can fail (see :meth:`Replica.step`).
+    changes this object in one place, after all that can fail (see :meth:`Replica.step`), and within :meth:`changing`.
+
+    Attributes:
+        model: The weights.
+        optimizer: Its running means, all of them there from the beginning.
+        step: Number of completed steps.
+        lineage: How often the state was replaced by that of a checkpoint which the user chose.
+        is_sound: False while the tensors are overwritten, and for good where that was cut short.
     """
 
     model: Llama
     optimizer: torch.optim.Optimizer
     step: int = 0
+    lineage: int = 0
+    is_sound: bool = True
 
     @classmethod
     def fresh(cls, config: TrainConfig, device: torch.device) -> TrainState:
@@ -52,21 +64,46 @@ class TrainState:
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def replicate(self, group: dist.ProcessGroup, source: int) -> None:
-        """Overwrite this state with that of rank ``source`` of ``group``, which all ranks call together.
+    @contextmanager
+    def changing(self) -> Generator[None]:
+        """Overwrite tensors and step in the body; where that raises, the state is unsound until it is replaced."""
+        self.is_sound = False
+        yield
+        self.is_sound = True
+
+    def send(self, group: dist.ProcessGroup, ranks: Iterable[int]) -> None:
+        """Hand this state to ``ranks`` of ``group``, which :meth:`receive` it meanwhile.
 
         Raises:
-            RuntimeError: A collective failed; the state is of no use then, except on ``source``.
+            RuntimeError: A collective failed.
         """
-        tensors = self.tensors()
-        device = next(iter(tensors.values())).device
-        step = torch.tensor(self.step, dtype=torch.int64, device=device)
         works = [
-            dist.broadcast(tensor, group=group, group_src=source, async_op=True) for tensor in (step, *tensors.values())
+            dist.isend(tensor, group=group, group_dst=rank, tag=tag)
+            for rank in ranks
+            for tag, tensor in enumerate(self.tensors().values())
         ]
         for work in works:
-            work.wait()  # pyright: ignore[reportOptionalMemberAccess]  async_op=True returns one on every member
-        self.step = int(step)
+            work.wait()  # pyright: ignore[reportOptionalMemberAccess]  None is for those outside of the group
+
+    def receive(self, group: dist.ProcessGroup, source: int, *, place: tuple[int, int]) -> None:
+        """Take over the state of rank ``source`` of ``group``.
+
+        Args:
+            group: Ranks of the run.
+            source: The rank that sends.
+            place: Its lineage and step.
+
+        Raises:
+            RuntimeError: A collective failed; the state is unsound then.
+        """
+        with self.changing():
+            works = [
+                dist.irecv(tensor, group=group, group_src=source, tag=tag)
+                for tag, tensor in enumerate(self.tensors().values())
+            ]
+            for work in works:
+                work.wait()  # pyright: ignore[reportOptionalMemberAccess]  None is for those outside of the group
+            self.lineage, self.step = place
 
 
 def torch_device() -> torch.device:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass, field
+from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from danaus import MeshFailure
     from danaus.actors import StepMetrics
 
 _FILE = "run.json"
+_FEW = 3
 _ADVICE = "pip install 'danaus[train]'"
 
 
@@ -24,7 +26,8 @@ class RunLog:
         out: Folder of its files.
         losses: Mean loss of each step's batch, by number of completed steps.
         held_out: Loss on held-out text, likewise.
-        recoveries: Seconds from a rank's loss to the next step that had not been done before, by that step.
+        lost: Ranks that were lost, in order.
+        recoveries: Seconds from the loss of a rank to the next step that had not been done before, by that step.
         state_hash: Hash of the final state, equal on all ranks.
         sample: What the model wrote at the end.
     """
@@ -33,27 +36,27 @@ class RunLog:
     losses: dict[int, float] = field(default_factory=dict)
     held_out: dict[int, float] = field(default_factory=dict)
     recoveries: dict[int, float] = field(default_factory=dict)
+    lost: list[MeshFailure] = field(default_factory=list)
     state_hash: str = ""
     sample: str = ""
     _lost_at_s: float | None = None
 
-    def on_step(self, metrics: StepMetrics) -> None:
-        """Take in one step, which may be one that a lost rank made the run do again."""
+    def on_step(self, metrics: StepMetrics, *, now_s: float) -> None:
+        """Take in one step, which may be one that was completed before."""
         is_new = metrics.step > max(self.losses, default=0)
         self.losses[metrics.step] = metrics.loss
         if is_new and self._lost_at_s is not None:
-            self.recoveries[metrics.step] = time.monotonic() - self._lost_at_s
+            self.recoveries[metrics.step] = now_s - self._lost_at_s
             self._lost_at_s = None
 
-    def on_rank_lost(self) -> None:
-        """Start the clock of a recovery, unless it runs already."""
+    def on_rank_lost(self, failure: MeshFailure) -> bool:
+        """Note the loss of a rank; return whether it is news, since more than one call may fail by it."""
+        if any((known.rank, known.incarnation) == (failure.rank, failure.incarnation) for known in self.lost):
+            return False
+        self.lost.append(failure)
         if self._lost_at_s is None:
-            self._lost_at_s = time.monotonic()
-
-    @property
-    def is_recovering(self) -> bool:
-        """Whether a rank was lost and no new step has been done since."""
-        return self._lost_at_s is not None
+            self._lost_at_s = failure.at_s
+        return True
 
     def write(self) -> None:
         """Keep the losses in the run's folder."""
@@ -99,9 +102,19 @@ class RunLog:
         """Return what became of the run, in a few lines."""
         first, last = min(self.losses), max(self.losses)
         lines = [f"loss {self.losses[first]:.3f} at step {first}, {self.losses[last]:.3f} at step {last}"]
+        if len(self.recoveries) <= _FEW:
+            lines += [
+                f"a rank was lost before step {step} was done: {seconds:.2f} s until it was"
+                for step, seconds in self.recoveries.items()
+            ]
+        else:
+            taken_s = self.recoveries.values()
+            lines.append(
+                f"ranks were lost before {len(taken_s)} steps were done: "
+                f"median {median(taken_s):.2f} s until they were, longest {max(taken_s):.2f} s"
+            )
         lines += [
-            f"a rank was lost before step {step} was done: {seconds:.1f} s until it was"
-            for step, seconds in self.recoveries.items()
+            f"all replicas are equal to the last bit, state {self.state_hash[:16]}",
+            f"files of the run: {self.out}",
         ]
-        lines += [f"all replicas are equal to the last bit: {self.state_hash[:16]}", f"files of the run: {self.out}"]
         return "\n".join(lines)

@@ -3,25 +3,25 @@
     python -m danaus.programs.train
     python -m danaus.programs.train --ranks 2 --steps 500 --text 'books/**/*.txt' --bpe-vocab 2048
     python -m danaus.programs.train --kill-rank-at 120
+    python -m danaus.programs.train --chaos 20 --steps 100 --model tiny
     python -m danaus.programs.train --out out/mine --resume
 
 Four ranks of one thread each take about a minute on two cores; the loss falls from 5.2 to about 1.8 nats per byte, and
 the sample at the end looks like Python from a distance. Checkpoints, loss, its plot and the sample are in ``--out``.
 
-With ``--kill-rank-at`` a rank is killed in the middle of that step. The script sees it, starts new ranks from the
-newest checkpoint and goes on; the losses are those of a run in which nothing happened.
+With ``--kill-rank-at`` a rank is killed in the middle of that step. The runtime starts it again, it takes the state of
+another rank, and the run goes on from the step before; nothing happens to the other ranks. Losses and final state are
+those of a run in which nothing happened. ``--chaos 20`` does so at random, and compares.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
-from danaus import ActorError, SupervisionError, this_host
+from danaus import Restart, SupervisionError, this_host
 from danaus.actors import (
     BpeTokenizer,
     ByteTokenizer,
@@ -32,14 +32,20 @@ from danaus.actors import (
     find_texts,
     make_corpus,
     newest_checkpoint,
+    newest_step,
     read_documents,
-    read_manifest,
 )
 from danaus.actors.models import base, small, tiny
 from danaus.programs.arguments import parse_config
+from danaus.programs.chaos import Loss, Saboteur, draw_losses
 from danaus.programs.progress import TrainingBar
 from danaus.programs.run_log import RunLog
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+P = ParamSpec("P")
+R = TypeVar("R")
 MODELS = {"tiny": tiny, "small": small, "base": base}
 
 
@@ -69,6 +75,8 @@ class Config:
     """Learning rate after the warm-up."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the matrix products."""
+    kernels: Literal["torch", "reference", "triton"] = "torch"
+    """Who computes the model's parts: torch, or danaus.kernels by its references or, on GPUs, by Triton."""
     seed: int = 0
     """Of weights, data order and sample."""
     out: str | None = None
@@ -79,8 +87,12 @@ class Config:
     """Go on from the newest checkpoint in --out."""
     kill_rank_at: int | None = None
     """Kill the last rank in the middle of this step, to see the run survive it."""
-    max_recoveries: int = 3
-    """Lost ranks after which the run is given up."""
+    chaos: int = 0
+    """Kill this many random ranks at random points, and compare the result with that of an undisturbed run."""
+    chaos_seed: int = 0
+    """Determines who is killed, and where."""
+    max_restarts: int = 3
+    """Restarts of lost ranks within a minute after which the run is given up."""
     timeout_s: float = 600.0
     """Longest that a single step, evaluation or checkpoint may take."""
     prompt: str = "import os\n\n\ndef "
@@ -93,79 +105,131 @@ class Config:
             raise ValueError("--resume needs --out: the folder of the run to go on with")
         if min(self.ranks, self.steps, self.save_every) < 1:
             raise ValueError("--ranks, --steps and --save-every must be 1 or more")
+        if self.chaos and self.resume:
+            raise ValueError("--chaos compares two whole runs: leave out --resume")
+        if self.chaos >= self.steps:
+            raise ValueError(
+                f"--chaos {self.chaos} needs more than {self.chaos} steps, one for each loss after the first"
+            )
 
 
 def main(config: Config) -> RunLog:
     """Train as ``config`` says, through lost ranks, and return what became of it."""
-    out = run_folder(config)
     corpus = read_corpus(config)
-    plan = train_config(config, corpus)
-    log = RunLog.read(out, up_to=newest_step(out))
-    with TrainingBar(config.steps) as bar:
-        bar.say(f"files of this run go to {out}")
-        for recoveries_left in range(config.max_recoveries, -1, -1):
-            with this_host().spawn_procs({"dp": config.ranks}, name="trainers", preload=Trainer.PRELOAD) as procs:
-                trainers = procs.spawn("trainers", Trainer, plan, corpus)
-                try:
-                    train(trainers, config, log, bar)
-                    break
-                except (SupervisionError, ActorError) as error:
-                    loss = find_loss(trainers, error)
-                    if loss is None or not recoveries_left:
-                        raise
-                    log.on_rank_lost()
-                    bar.say(f"a rank is lost: {loss}\nstarting new ranks from the newest checkpoint")
-    print(f"{log.summary()}\n\n{log.sample}")
+    if not config.chaos:
+        log = run(config, corpus, run_folder(config), planned_losses(config))
+        print(f"{log.summary()}\n\n{log.sample}")
+        return log
+    out = run_folder(config)
+    print("first a run in which nothing happens, to compare with")
+    undisturbed = run(config, corpus, out / "undisturbed")
+    log = run(config, corpus, out, planned_losses(config))
+    print(f"{log.summary()}\nthe run in which nothing happened:       state {undisturbed.state_hash[:16]}")
+    if (log.state_hash, log.losses) != (undisturbed.state_hash, undisturbed.losses):
+        raise RuntimeError(f"the runs differ: states {log.state_hash} and {undisturbed.state_hash}")
     return log
 
 
-def train(trainers: Trainer, config: Config, log: RunLog, bar: TrainingBar) -> None:
-    """Train on one set of ranks, from the newest checkpoint to the last step."""
-    first, limit_s = trainers.slice(dp=0), config.timeout_s
-    ranks = list(trainers.describe.options(timeout=limit_s).call().get())
+def run(config: Config, corpus: Corpus, out: Path, losses: Sequence[Loss] = ()) -> RunLog:
+    """Train from the newest checkpoint in ``out``, or from the beginning, to the last step, through ``losses``."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = RunLog.read(out, up_to=newest_step(out))
+    saboteur = Saboteur(losses)
+    restart = Restart(max_restarts=config.max_restarts + config.chaos)
+    with (
+        TrainingBar(config.steps) as bar,
+        this_host().spawn_procs(
+            {"dp": config.ranks}, name="trainers", preload=Trainer.PRELOAD, restart=restart
+        ) as procs,
+    ):
+        bar.say(f"files of this run go to {out}")
+        trainers = procs.spawn(
+            "trainers", Trainer, train_config(config, corpus), corpus, checkpoints=str(out), exact=not config.resume
+        )
+        train(trainers, config, log, bar, saboteur)
+        if len(losses) > 1:
+            bar.say(saboteur.table())
+    return log
+
+
+def train(trainers: Trainer, config: Config, log: RunLog, bar: TrainingBar, saboteur: Saboteur) -> None:
+    """Train to the last step, whoever is lost on the way."""
+    done = going_on(log, bar, begin, trainers, config, bar)
+    while done < config.steps:
+        if planned := saboteur.prepare(trainers, done + 1):
+            bar.say(f"about to kill {planned}")
+        done = going_on(log, bar, train_step, trainers, done + 1, config, log, bar)
+        if done % config.save_every == 0 or done == config.steps:
+            going_on(log, bar, keep, trainers, done, config, log, bar)
+    going_on(log, bar, finish, trainers, config, log)
+    saboteur.stop()
+
+
+def going_on(log: RunLog, bar: TrainingBar, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call ``act``; where a rank that it needs is lost, call it again, with the same trainers, once it is back."""
+    while True:
+        try:
+            return act(*args, **kwargs)
+        except SupervisionError as error:
+            if not error.failure.restarts:
+                raise
+            if log.on_rank_lost(error.failure):
+                bar.say(f"rank {error.failure.rank} is lost: going on with the same trainers, once it is started again")
+
+
+def begin(trainers: Trainer, config: Config, bar: TrainingBar) -> int:
+    """Say who trains; return the number of steps that are completed already."""
+    ranks = list(trainers.describe.options(timeout=config.timeout_s).call().get())
+    done = trainers.sync.options(timeout=config.timeout_s).call().get().get(0)
     bar.say(
         f"{len(ranks)} ranks on {ranks[0].device}, each {ranks[0].num_threads} thread(s), pids {[r.pid for r in ranks]}"
     )
     bar.say(f"each has the model of {ranks[0].num_parameters:,} weights and a part of every batch")
-    done = first.resume.options(timeout=limit_s).call_one(str(log.out), exact=not config.resume).get()
     if done:
-        trainers.replicate.options(timeout=limit_s).call(0).get()
         bar.say(f"going on after step {done}")
-    while done < config.steps:
-        step = trainers.step.options(timeout=limit_s).call()
-        if done + 1 == config.kill_rank_at and config.kill_rank_at not in log.losses and not log.is_recovering:
-            os.kill(ranks[-1].pid, signal.SIGKILL)
-            bar.say(f"killed rank {ranks[-1].rank} in step {done + 1}")
-        metrics = list(step.get())
-        done = metrics[0].step
-        log.on_step(metrics[0])
-        bar.show(metrics)
-        if done % config.save_every == 0 or done == config.steps:
-            log.held_out[done] = trainers.evaluate.options(timeout=limit_s).call().get().get(0)
-            log.write()
-            path = first.save.options(timeout=limit_s).call_one(str(log.out)).get()
-            bar.say(f"step {done}: held-out loss {log.held_out[done]:.3f}, checkpoint {Path(path).name}")
-    finish(trainers, config, log)
+    return done
+
+
+def train_step(trainers: Trainer, step: int, config: Config, log: RunLog, bar: TrainingBar) -> int:
+    """Complete ``step`` and return it."""
+    metrics = list(trainers.step.options(timeout=config.timeout_s).call(step).get())
+    log.on_step(metrics[0], now_s=time.time())
+    bar.show(metrics)
+    if step in log.recoveries:
+        pids = [rank.pid for rank in trainers.describe.options(timeout=config.timeout_s).call().get()]
+        bar.say(f"step {step} is completed {log.recoveries[step]:.2f} s after the loss; pids are {pids} now")
+    return step
+
+
+def keep(trainers: Trainer, done: int, config: Config, log: RunLog, bar: TrainingBar) -> None:
+    """Evaluate and save what the model is after ``done`` steps."""
+    held_out = trainers.evaluate.options(timeout=config.timeout_s).call().get().get(0)
+    path = trainers.save.options(timeout=config.timeout_s).call().get().get(0)
+    log.held_out[done] = held_out
+    log.write()
+    bar.say(f"step {done}: held-out loss {held_out:.3f}, checkpoint {Path(path).name}")
 
 
 def finish(trainers: Trainer, config: Config, log: RunLog) -> None:
-    """Compare the replicas, let the model write, draw the loss."""
-    hashes = set(trainers.state_hash.options(timeout=config.timeout_s).call().get())
-    if len(hashes) > 1:
-        raise RuntimeError(f"the replicas differ: {sorted(hashes)}")
-    (log.state_hash,) = hashes
+    """Let the model write, draw the loss, compare the replicas."""
     sample = trainers.slice(dp=0).sample.options(timeout=config.timeout_s)
     log.sample = sample.call_one(config.prompt, max_tokens=config.sample_tokens, seed=config.seed).get()
     (log.out / "sample.txt").write_text(log.sample)
     log.plot()
+    hashes = set(trainers.state_hash.options(timeout=config.timeout_s).call().get())
+    if len(hashes) > 1:
+        raise RuntimeError(f"the replicas differ: {sorted(hashes)}")
+    (log.state_hash,) = hashes
 
 
-def find_loss(trainers: Trainer, error: Exception) -> SupervisionError | None:
-    """Return what tells of a dead rank; when one dies in a collective, a peer may complain about it first."""
-    if isinstance(error, SupervisionError):
-        return error
-    asked = trainers.describe.options(timeout=5.0).call().exception()
-    return asked if isinstance(asked, SupervisionError) else None
+def planned_losses(config: Config) -> list[Loss]:
+    """Return the ranks that are to be killed."""
+    losses = draw_losses(
+        config.chaos_seed, config.chaos, ranks=config.ranks, steps=config.steps, save_every=config.save_every
+    )
+    if config.kill_rank_at is not None:
+        losses.append(Loss(config.ranks - 1, "backward", config.kill_rank_at))
+    return losses
 
 
 def read_corpus(config: Config) -> Corpus:
@@ -185,8 +249,9 @@ def read_corpus(config: Config) -> Corpus:
 def train_config(config: Config, corpus: Corpus) -> TrainConfig:
     """Return what the trainers need to know."""
     max_seq_len = max(config.seq_len, len(corpus.tokenizer.encode(config.prompt)) + config.sample_tokens)
+    model = MODELS[config.model](vocab_size=corpus.tokenizer.vocab_size, max_seq_len=max_seq_len)
     return TrainConfig(
-        model=MODELS[config.model](vocab_size=corpus.tokenizer.vocab_size, max_seq_len=max_seq_len),
+        model=replace(model, kernels=config.kernels),
         optimizer=OptimizerConfig(peak_lr=config.peak_lr, warmup_steps=min(10, config.steps), total_steps=config.steps),
         seed=config.seed,
         seq_len=config.seq_len,
@@ -196,18 +261,11 @@ def train_config(config: Config, corpus: Corpus) -> TrainConfig:
     )
 
 
-def newest_step(out: Path) -> int:
-    """Return the step of the newest checkpoint in ``out``, 0 where there is none."""
-    newest = newest_checkpoint(out)
-    return 0 if newest is None else read_manifest(newest).step
-
-
 def run_folder(config: Config) -> Path:
     """Return the absolute folder of the run's files; refuse one that holds another run."""
     out = Path(config.out or time.strftime("out/train-%Y%m%d-%H%M%S")).absolute()
     if newest_checkpoint(out) and not config.resume:
         raise FileExistsError(f"{out} holds checkpoints: add --resume to go on from them, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from . import fused
+from .experts import Experts
+
 if TYPE_CHECKING:
     from .cache import KVCache
+
+Kernels = Literal["torch", "reference", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +52,22 @@ class LlamaConfig:
     """Whether the head shares the embedding's matrix."""
     dropout: float = 0.0
     """Probability of dropping an element of what a block adds to the residual stream, in training."""
+    num_experts: int = 0
+    """Feed-forward blocks of ``hidden_width`` in each layer, among which a router chooses; 0 for one and no router."""
+    experts_per_token: int = 2
+    """How many of them each token goes through."""
+    kernels: Kernels = "torch"
+    """Who computes attention, norms, rotary positions, activation, experts and loss: torch itself, or
+    ``danaus.kernels`` by its references or by its Triton kernels. Like the device it changes how results are rounded
+    and nothing else."""
 
     def __post_init__(self) -> None:
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"LlamaConfig: experts_per_token {self.experts_per_token} must be 1 to num_experts {self.num_experts}"
+            )
+        if self.kernels not in get_args(Kernels):
+            raise ValueError(f"LlamaConfig: kernels {self.kernels!r} is unknown; use one of {get_args(Kernels)}")
         if self.width % (2 * self.num_heads):
             raise ValueError(
                 f"LlamaConfig: width {self.width} over {self.num_heads} heads gives no even head width; "
@@ -110,13 +129,16 @@ def base(vocab_size: int = 32_768, max_seq_len: int = 2_048) -> LlamaConfig:
 class RMSNorm(nn.Module):
     """Division by the root mean square of the last dimension, in fp32, times a learned weight."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, kernels: Kernels = "torch") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.kernels: Kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x[..., D]``; returns its dtype."""
+        if self.kernels != "torch":
+            return fused.rms_norm(x, self.weight, self.eps, impl=self.kernels)
         x32 = x.float()
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
 
@@ -129,8 +151,10 @@ def rope_tables(first: int, num_tokens: int, config: LlamaConfig, device: torch.
     return angle_TE.cos(), angle_TE.sin()
 
 
-def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+def rotate(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, kernels: Kernels = "torch") -> Tensor:
     """Turn element i of every head against element i + E/2 by its position's angle; returns ``x``'s dtype."""
+    if kernels != "torch":
+        return fused.rotate(x_BHTE, cos_TE, sin_TE, impl=kernels)
     first, second = x_BHTE.float().chunk(2, dim=-1)
     turned_BHTE = x_BHTE.float() * cos_TE + torch.cat((-second, first), dim=-1) * sin_TE
     return turned_BHTE.to(x_BHTE.dtype)
@@ -142,6 +166,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_width = config.head_width
+        self.kernels: Kernels = config.kernels
         kv_width = config.num_kv_heads * config.head_width
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(config.width, kv_width, bias=False)
@@ -150,22 +175,30 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
         """Attend from each of the T new tokens to itself and all before it, those in ``cache`` included."""
-        q_BHTE = rotate(self._heads(self.q_proj(x_BTD)), *rope)
-        k_BKSE = rotate(self._heads(self.k_proj(x_BTD)), *rope)
+        q_BHTE = rotate(self._heads(self.q_proj(x_BTD)), *rope, self.kernels)
+        k_BKSE = rotate(self._heads(self.k_proj(x_BTD)), *rope, self.kernels)
         v_BKSE = self._heads(self.v_proj(x_BTD))
         seen = 0
         if cache is not None:
             seen = cache.length
             k_BKSE, v_BKSE = cache.extend(layer, k_BKSE, v_BKSE)
-        num_new = q_BHTE.shape[2]
-        mask_TS = causal_mask(num_new, seen, x_BTD.device) if seen and num_new > 1 else None
-        out_BHTE = functional.scaled_dot_product_attention(
-            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_TS, is_causal=not seen, enable_gqa=True
-        )
+        if self.kernels == "torch":
+            out_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, seen)
+        else:
+            out_BHTE = fused.attend(q_BHTE, k_BKSE, v_BKSE, impl=self.kernels)
         return self.o_proj(out_BHTE.transpose(1, 2).flatten(2))
 
     def _heads(self, x_BTD: Tensor) -> Tensor:
         return x_BTD.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+
+
+def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, seen: int) -> Tensor:
+    """Attend from each of T new tokens to itself and all before it, the ``seen`` older ones included."""
+    num_new = q_BHTE.shape[2]
+    mask_TS = causal_mask(num_new, seen, q_BHTE.device) if seen and num_new > 1 else None
+    return functional.scaled_dot_product_attention(
+        q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_TS, is_causal=not seen, enable_gqa=True
+    )
 
 
 def causal_mask(num_new: int, seen: int, device: torch.device) -> Tensor:
@@ -178,13 +211,17 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.kernels: Kernels = config.kernels
         self.gate_proj = nn.Linear(config.width, config.hidden_width, bias=False)
         self.up_proj = nn.Linear(config.width, config.hidden_width, bias=False)
         self.down_proj = nn.Linear(config.hidden_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each token by itself."""
-        return self.down_proj(functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF, up_BTF = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+        if self.kernels == "torch":
+            return self.down_proj(functional.silu(gate_BTF) * up_BTF)
+        return self.down_proj(fused.swiglu(gate_BTF, up_BTF, impl=self.kernels))
 
 
 class Block(nn.Module):
@@ -192,10 +229,10 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps, config.kernels)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = FeedForward(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps, config.kernels)
+        self.mlp = Experts(config) if config.num_experts else FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int) -> Tensor:
@@ -215,7 +252,7 @@ class Llama(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = RMSNorm(config.width, config.norm_eps, config.kernels)
         self.lm_head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -228,6 +265,26 @@ class Llama(nn.Module):
         Raises:
             ValueError: The sequence would be longer than ``config.max_seq_len``.
         """
+        x_BTD = self._hidden(tokens_BT, cache)
+        return functional.linear(x_BTD, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x_BTD)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return what :func:`next_token_loss` makes of the logits; with kernels, without holding all of them.
+
+        Args:
+            tokens_BT: int64 ids.
+            targets_BT: int64 ids of the token after each.
+
+        Raises:
+            ValueError: The sequence is longer than ``config.max_seq_len``.
+        """
+        if self.config.kernels == "torch":
+            return next_token_loss(self(tokens_BT), targets_BT)
+        head_VD = (self.embed_tokens if self.lm_head is None else self.lm_head).weight
+        return fused.sum_of_losses(self._hidden(tokens_BT), head_VD, targets_BT, impl=self.config.kernels)
+
+    def _hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalised residual stream after the last block."""
         first, num_new = (0 if cache is None else cache.length), tokens_BT.shape[1]
         if first + num_new > self.config.max_seq_len:
             raise ValueError(f"Llama: {first + num_new} tokens do not fit max_seq_len={self.config.max_seq_len}")
@@ -237,8 +294,7 @@ class Llama(nn.Module):
             x_BTD = block(x_BTD, rope, cache, layer)
         if cache is not None:
             cache.length += num_new
-        x_BTD = self.norm(x_BTD)
-        return functional.linear(x_BTD, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x_BTD)
+        return self.norm(x_BTD)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -253,7 +309,7 @@ class Llama(nn.Module):
             if weight.ndim == 1:
                 weight.fill_(1.0)
             else:
-                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
                 weight.normal_(0.0, 0.02 * (shrink if writes_residual else 1.0), generator=generator)
 
     def num_parameters(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, TypeVar
@@ -20,6 +20,17 @@ collect_ignore_glob = [] if HAS_TORCH else ["*.py"]
 def pytest_report_header() -> str:
     """Say what was left out, since modules that cannot be imported leave no skip behind."""
     return "tests/actors: " + ("all of it" if HAS_TORCH else "left out, for want of torch")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models as small as these gain nothing from more threads, which wait for each other on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ from torch.nn import functional
 from danaus.actors import Corpus, OptimizerConfig, Replica, TrainConfig, make_corpus, newest_checkpoint
 from danaus.actors.batches import Batches
 from danaus.actors.models import Llama, tiny
+from danaus.actors.peers import Peers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from .conftest import RunRanks
 
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(60)]
 CONFIG = TrainConfig(
     model=tiny(),
     optimizer=OptimizerConfig(warmup_steps=3, total_steps=10),
@@ -146,24 +147,10 @@ def test_a_run_can_be_resumed_with_another_number_of_ranks(
         replica = Replica(CONFIG, corpus, rank=number, num_ranks=2)
         if number == 0:
             replica.load(path)
-        assert replica.replicate(group, 0) == 3
+        Peers(replica).meet(group, 1)
         return [replica.step(group).loss for _ in range(3)]
 
     assert run_ranks(2, rank)[1] == pytest.approx(plain_losses(corpus)[3:6], rel=2e-6)
-
-
-def test_a_replica_takes_over_all_of_a_peer(run_ranks: RunRanks[Any], corpus: Corpus) -> None:
-    def rank(number: int, group: Any) -> tuple[int, str]:
-        replica = Replica(CONFIG, corpus, rank=number, num_ranks=4)
-        if number == 2:
-            for _ in range(4):
-                replica.step()
-        return replica.replicate(group, 2), replica.state.hash()
-
-    results = run_ranks(4, rank)
-
-    assert len(set(results)) == 1
-    assert results[0][0] == 4
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 9])
@@ -202,6 +189,51 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(corpus: Corpus
         replica.step()
 
     assert replica.state.hash() == before
+
+
+@pytest.mark.parametrize("method", ["step", "save"])
+def test_a_state_whose_update_was_cut_short_is_not_used(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    replica = Replica(CONFIG, corpus)
+    replica.step()
+    update = replica.state.optimizer.step
+
+    def fail() -> None:
+        update()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(replica.state.optimizer, "step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        replica.step()
+
+    with pytest.raises(RuntimeError, match="rank 0 was overwritten in part when it failed after step 1: load a"):
+        replica.step() if method == "step" else replica.save(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_no_state_and_another_one_does(corpus: Corpus, tmp_path: Path) -> None:
+    replica = Replica(CONFIG, corpus)
+    good = replica.save(tmp_path / "good")
+    bad = replica.save(tmp_path / "bad")
+    (bad / ".metadata").write_bytes((bad / ".metadata").read_bytes().replace(b"model.norm", b"model.nope"))
+
+    with pytest.raises(ValueError, match="does not fit"):
+        replica.load(bad)
+    with pytest.raises(RuntimeError, match="overwritten in part"):
+        replica.step()
+
+    assert replica.load(good) == 0
+    assert replica.step().step == 1
+
+
+def test_what_was_reported_of_the_last_step_is_in_the_checkpoint(corpus: Corpus, tmp_path: Path) -> None:
+    replica = Replica(CONFIG, corpus)
+    last = replica.step()
+
+    resumed = Replica(CONFIG, corpus)
+    resumed.load(replica.save(tmp_path))
+
+    assert resumed.last == last
 
 
 def test_evaluation_and_samples_change_nothing(corpus: Corpus) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import danaus.programs
-from danaus.programs.train import Config, main, parse_config
+from danaus import SupervisionError
+from danaus.programs.chaos import Loss
+from danaus.programs.train import Config, main, parse_config, read_corpus, run
 
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(60)]
 SMALLEST = Config(
@@ -43,15 +45,33 @@ def test_it_learns_saves_draws_and_writes(tmp_path: Path, capsys: pytest.Capture
     assert "all replicas are equal to the last bit" in out
 
 
-def test_a_lost_rank_changes_neither_losses_nor_result(tmp_path: Path) -> None:
+def test_a_lost_rank_changes_neither_losses_nor_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     undisturbed = main(replace(SMALLEST, out=str(tmp_path / "a")))
 
     log = main(replace(SMALLEST, out=str(tmp_path / "b"), kill_rank_at=4))
 
-    # the kill may land when step 4 has just been done
-    assert list(log.recoveries) in ([4], [5])
-    assert log.losses == undisturbed.losses
+    assert list(log.recoveries) == [4]
+    assert [(failure.rank, failure.incarnation) for failure in log.lost] == [(1, 0)]
+    assert (log.losses, log.held_out) == (undisturbed.losses, undisturbed.held_out)
     assert log.state_hash == undisturbed.state_hash
+    assert "step 4 is completed" in capsys.readouterr().out
+
+
+def test_chaos_ends_in_the_state_of_an_undisturbed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = main(replace(SMALLEST, steps=8, out=str(tmp_path), chaos=6))
+
+    out = capsys.readouterr().out
+    assert len(log.lost) == 6
+    assert "killed 6 ranks, at: data 1, forward 1, backward 1, all_reduce 1, optimizer 1, checkpoint 1" in out
+    assert out.count(f"state {log.state_hash[:16]}") == 2
+
+
+def test_a_rank_that_is_lost_too_often_ends_the_run(tmp_path: Path) -> None:
+    config = replace(SMALLEST, out=str(tmp_path), max_restarts=1)
+    losses = [Loss(0, "forward", 2), Loss(1, "forward", 3)]
+
+    with pytest.raises(SupervisionError, match=r"rank 1 .* was killed by SIGKILL"):
+        run(config, read_corpus(config), tmp_path, losses)
 
 
 def test_a_resumed_run_has_the_losses_of_both_parts(tmp_path: Path) -> None:
@@ -79,7 +99,9 @@ def test_byte_pairs_can_be_learned_on_the_way(tmp_path: Path) -> None:
     assert log.sample.startswith("def ")
 
 
-@pytest.mark.parametrize("line", ["--resume", "--ranks 0", "--save-every 0"])
+@pytest.mark.parametrize(
+    "line", ["--resume", "--ranks 0", "--save-every 0", "--chaos 200", "--chaos 3 --resume --out x"]
+)
 def test_a_command_line_that_makes_no_sense_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_config(Config, line.split())

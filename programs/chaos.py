@@ -1,0 +1,90 @@
+"""Ranks that a training run is to lose, each at a point of a step: drawn from a seed, and what came of them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from danaus import testing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from danaus.actors import Trainer
+
+POINTS: Final = ("data", "forward", "backward", "all_reduce", "optimizer", "checkpoint")
+"""Where a step can be cut short; see :class:`danaus.actors.Replica`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One rank to kill at one point of one step."""
+
+    rank: int
+    point: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} at {self.point!r} of step {self.step}"
+
+
+def draw_losses(seed: int, num: int, *, ranks: int, steps: int, save_every: int) -> list[Loss]:
+    """Return ``num`` random losses in different steps, every point as often as the others if there is room.
+
+    Raises:
+        ValueError: There are not enough steps, after a first one that is left alone.
+    """
+    choose = random.Random(seed)  # noqa: S311  nobody has to be unable to guess it
+    free = set(range(2, steps + 1))
+    losses: list[Loss] = []
+    points: list[str] = []
+    for _ in range(num):
+        points = points or choose.sample(POINTS, len(POINTS))
+        point = points.pop()
+        saved = [step for step in free if step % save_every == 0 or step == steps]
+        if point == "checkpoint" and not saved:
+            point = choose.choice(POINTS[:-1])
+        candidates = saved if point == "checkpoint" else free
+        if not candidates:
+            raise ValueError(f"{num} losses need as many steps, after the first; there are {steps} steps")
+        step = choose.choice(sorted(candidates))
+        free.remove(step)
+        losses.append(Loss(choose.randrange(ranks), point, step))
+    return sorted(losses, key=lambda loss: loss.step)
+
+
+class Saboteur:
+    """Has ranks killed as planned.
+
+    Args:
+        losses: The plan; at most one per step.
+    """
+
+    def __init__(self, losses: Iterable[Loss]) -> None:
+        self._planned = {loss.step: loss for loss in losses}
+        self._injections: list[testing.Injection] = []
+
+    def prepare(self, trainers: Trainer, step: int) -> Loss | None:
+        """Arm what is planned for ``step``, which is the next to be completed; return it the first time."""
+        loss = self._planned.pop(step, None)
+        if loss is not None:
+            fault = testing.Fault.kill(rank=loss.rank, point=loss.point, step=step)
+            self._injections.append(testing.inject(trainers, fault))
+        return loss
+
+    @property
+    def fired(self) -> list[testing.Fired]:
+        """What has struck so far."""
+        return [fired for injection in self._injections for fired in injection.fired]
+
+    def stop(self) -> None:
+        """Take back what has not struck."""
+        for injection in self._injections:
+            injection.withdraw()
+
+    def table(self) -> str:
+        """Return how many ranks were killed at each point."""
+        kills = Counter(fired.fault.point for fired in self.fired)
+        return f"killed {kills.total()} ranks, at: " + ", ".join(f"{point} {kills[point]}" for point in POINTS)
