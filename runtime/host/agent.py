@@ -364,6 +364,8 @@ class Agent:
         self._forget(proc)
         for mesh in self._orders.owned_by(proc):
             self._end_mesh(mesh)
+        if self._table.gone[proc].kind is not FailureKind.STOPPED:
+            self._orders.on_owner_lost(proc)
         self._replace_spare(proc)
         self._start_delayed()
 

@@ -158,7 +158,8 @@ def _dump_boot(bootstrap: Callable[[], object] | None) -> bytes:
 
 def write_boot_file(local: LocalProc, mesh_id: str, boot: bytes) -> str:
     """Put what the processes of a mesh read into the job's directory, if it is not there; return the path."""
-    path = os.path.join(local.job_directory(), f"{mesh_id}.boot")
+    # Whoever dies before it has ordered the mesh leaves a file that only its own name tells apart.
+    path = os.path.join(local.job_directory(), f"{mesh_id}.boot@{local.proc_id}")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

@@ -11,7 +11,7 @@ from .devices import DeviceLeases, device_env, read_gpus, usable_devices
 from .proc_table import MeshInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from .devices import Device
 
@@ -101,6 +101,15 @@ class Orders:
         losses = self._spare_losses[mesh] = self._spare_losses.get(mesh, 0) + 1
         return losses <= MAX_SPARE_LOSSES
 
+    def on_owner_lost(self, proc: str) -> None:
+        """A process has died: remove what it wrote for meshes that it did not come to order."""
+        self._remove(lambda name: name.endswith(f".boot@{proc}"))
+
+    def _remove(self, is_left: Callable[[str], bool]) -> None:
+        for name in filter(is_left, os.listdir(self._directory)):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self._directory}/{name}")
+
     def forget(self, mesh: str) -> None:
         """Nobody wants processes of ``mesh`` any more."""
         self._orders.pop(mesh, None)
@@ -108,11 +117,8 @@ class Orders:
 
     def on_empty(self, mesh: str) -> None:
         """There are no processes of ``mesh``: free what they shared, and remove what they left."""
-        boot = f"{mesh}.boot" if mesh in self._orders else ""
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self._directory):
-                if name.startswith(f"{mesh}.") and name != boot:
-                    os.unlink(f"{self._directory}/{name}")
+        is_wanted = mesh in self._orders
+        self._remove(lambda name: name.startswith(f"{mesh}.") and not (is_wanted and name.startswith(f"{mesh}.boot@")))
         if self._leases is not None:
             self._leases.release(mesh)
             self._device_indices.pop(mesh, None)

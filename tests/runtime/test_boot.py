@@ -24,7 +24,7 @@ class FakeProc(SimpleNamespace):
     """What a plan needs of the process that makes it."""
 
     def __init__(self, directory: Path) -> None:
-        super().__init__(directory=str(directory), requests=[], job_directory=lambda: str(directory))
+        super().__init__(proc_id="me.0", directory=str(directory), requests=[], job_directory=lambda: str(directory))
 
     def request(self, name: str, fields: dict[str, Any]) -> None:
         self.requests.append((name, fields))
