@@ -142,8 +142,9 @@ class Trainer(Actor):
         except (FloatingPointError, StepCompletedError, SupersededError):
             # these come on all ranks alike, or leave nobody waiting
             raise
-        except BaseException as error:
-            # what follows from the loss of another rank has released them already
+        except Exception as error:
+            # What fails the actor itself, as SystemExit does, releases them with the actor's end, which tells why.
+            # What follows from the loss of another rank has released them already.
             if cause_of(current_key(), error) is None:
                 groups.break_group(group, f"rank {self._replica.rank} failed with {type(error).__name__}: {error}")
             raise
