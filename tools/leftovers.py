@@ -127,7 +127,8 @@ def take_snapshot(socket_dirs: Iterable[str | os.PathLike[str]] = ()) -> Snapsho
     jobs = [path for root in socket_dirs for path in Path(root).glob("danaus-*")]
     items = [*_processes(), *_threads(), *(File(str(path)) for path in jobs), *_segments()]
     # A mesh has its boot file from the call of spawn_procs until its last process has ended.
-    return Snapshot(frozenset(items), frozenset(path.stem for job in jobs for path in job.glob("*.boot")))
+    boot_files = [path.name for job in jobs for path in job.glob("*.boot@*")]
+    return Snapshot(frozenset(items), frozenset(name.partition(".boot@")[0] for name in boot_files))
 
 
 def kill(items: Iterable[Leftover]) -> None:

@@ -95,7 +95,7 @@ def test_a_pid_that_was_given_to_another_process_is_not_killed() -> None:
 def test_job_directories_are_looked_for_where_they_are_made(tmp_path: Path) -> None:
     before = take_snapshot([tmp_path])
     (tmp_path / "danaus-1").mkdir()
-    (tmp_path / "danaus-1" / "w-12ab.boot").touch()
+    (tmp_path / "danaus-1" / "w-12ab.boot@controller.0").touch()
     (tmp_path / "other").mkdir()
 
     after = take_snapshot([tmp_path])
