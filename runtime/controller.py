@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from .address import AGENT, incarnation_of, mesh_of, name_of, next_address, rank_of
-from .config import GRACE_AFTER_ERROR_S, KEEP_LOG_DIRS, log_root, socket_root, stuck_s
+from .config import GRACE_AFTER_ERROR_S, KEEP_LOG_DIRS, log_root, preempt_s, socket_root, stuck_s
 from .context import set_local_proc
 from .failure import FailureKind, MeshFailure
 from .host import interpreter
@@ -92,8 +92,9 @@ class Controller:
                     self._start_agent()
 
     def _start_agent(self) -> None:
-        # Else the agent would find it wrong, and end.
+        # Else the agent would find them wrong, and end.
         stuck_s()
+        preempt_s()
         self.logs = _new_log_directory()
         # Just before the agent, which removes it even if this process is killed now.
         directory = self.local.directory = tempfile.mkdtemp(prefix="danaus-", dir=socket_root())
