@@ -309,7 +309,11 @@ class ActorRunner:
         loop = self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         loop.call_soon(self._pump, envelope)
-        loop.run_forever()
+        try:
+            loop.run_forever()
+        except BaseException as error:  # noqa: BLE001  told to whoever waits, or the last thing on this thread
+            # SystemExit and KeyboardInterrupt of a task go through the loop; callbacks still due may not go on.
+            self._leave(error)
         self._cancel_tasks(loop)
         assert self._leaving is not None
         raise self._leaving
@@ -395,8 +399,8 @@ class ActorRunner:
             task.add_done_callback(partial(self._after_overlapping, spec.name))
 
     def _on_task_end(self, envelope: wire.Envelope, task: asyncio.Task[None]) -> None:
-        assert self._handler is not None
-        self._handler.untrack(envelope)
+        if self._handler is not None:
+            self._handler.untrack(envelope)
         error = None if task.cancelled() else task.exception()
         if error is not None:
             self._leave(error)
@@ -418,8 +422,8 @@ class ActorRunner:
     def _leave(self, error: BaseException) -> None:
         if self._leaving is None:
             self._leaving = error
-        assert self._loop is not None
-        self._loop.stop()
+        if self._loop is not None and self._loop.is_running():
+            self._loop.stop()
 
     def _give_up(self, envelope: wire.Envelope) -> None:
         """Stop now: the message just taken goes back to be answered with the others."""
@@ -471,24 +475,27 @@ class ActorRunner:
             self._may_again = False
         if self.instance is not None:
             self.instance.actor = None
-        handler = self._handler
-        if handler is not None:
-            handler.actor = None
-            open_calls = [*self._interrupted, *(call.envelope for call in list(handler.active.values()))]
-            if handler.in_hand is not None and handler.in_hand not in open_calls:
-                open_calls.append(handler.in_hand)
-            for envelope in () if self._is_silent else open_calls:
-                self.proc.reply_gone(envelope, failure, with_credit=False)
-        # What stays is a tombstone that says what happened.
-        self._handler = None
         for waiting in self._gated.values():
             for _, envelope in waiting:
                 self._queue.put(envelope)
+        # Counted before the first answer: what comes after it may be a call that is sent again, for the next one.
+        num_waiting = self._queue.qsize()
+        handler = self._handler
+        if handler is not None:
+            handler.actor = None
+            in_hand = () if handler.in_hand is None else (handler.in_hand,)
+            open_calls = [*self._interrupted, *(call.envelope for call in list(handler.active.values())), *in_hand]
+            # Each once: a second answer would be taken for that of the call sent again.
+            once = {id(envelope): envelope for envelope in open_calls}
+            for envelope in () if self._is_silent else once.values():
+                self.proc.reply_gone(envelope, failure, with_credit=False)
+        # What stays is a tombstone that says what happened.
+        self._handler = None
         if not self._may_again:
             self._answer_queue()
         elif failure.kind is FailureKind.ACTOR_ERROR:
             # What comes from now on, or came before the actor had ever run, is for the next.
-            self._answer_queue(self._queue.qsize())
+            self._answer_queue(num_waiting)
 
     def _answer_queue(self, limit: int = sys.maxsize) -> None:
         """Answer what nobody will handle any more (the actor's thread at its end, then the I/O thread)."""

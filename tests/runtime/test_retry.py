@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING
+import threading
+import time
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from danaus import Actor, Restart, SupervisionError, endpoint, this_host
+from danaus.runtime.context import local_proc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +42,13 @@ class Doubtful(Actor):
             raise SystemExit
         return os.getpid()
 
+    @endpoint(idempotent=True)
+    async def fails_once_slowly(self) -> int:
+        if _is_first(f"{self.marks}/slowly-{os.getpid()}"):
+            _wait_for_the_next_message_after_each_answer()
+            raise SystemExit
+        return os.getpid()
+
     @endpoint
     def pid(self) -> int:
         return os.getpid()
@@ -46,6 +56,21 @@ class Doubtful(Actor):
     def _die_once(self, name: str) -> None:
         if _is_first(f"{self.marks}/{name}"):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wait_for_the_next_message_after_each_answer() -> None:
+    """Have an actor that ends find the call that is sent again in its queue before it has gone on."""
+    proc = local_proc()
+    runner = next(runner for runner in proc.actors.values() if runner.thread_id == threading.get_ident())
+    reply_gone = proc.reply_gone
+
+    def and_wait(*args: Any, **options: Any) -> None:
+        reply_gone(*args, **options)
+        limit_s = time.monotonic() + 2
+        while runner._queue.empty() and time.monotonic() < limit_s:
+            time.sleep(0.001)
+
+    setattr(proc, "reply_gone", and_wait)  # noqa: B010  a method, for once
 
 
 def _is_first(path: str) -> bool:
@@ -108,6 +133,12 @@ def test_an_actor_that_is_made_again_is_asked_again(procs: ProcMesh, tmp_path: P
     before = one.pid.call_one().get(timeout=10)
 
     assert one.fails_once_as_an_actor.options(retries=1).call_one().get(timeout=10) == before
+
+
+def test_a_call_sent_again_to_an_actor_that_is_still_ending_is_for_the_next(procs: ProcMesh, tmp_path: Path) -> None:
+    one = procs.spawn("doubtful", Doubtful, str(tmp_path)).slice(d=1)
+
+    assert one.fails_once_slowly.options(retries=1).call_one().get(timeout=10)
 
 
 def test_without_a_policy_nothing_is_sent_again(tmp_path: Path) -> None:
