@@ -3,6 +3,8 @@
 Ask for hosts, spawn meshes of processes, put actors on them, and call the actors as arrays with named dimensions.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from .runtime import (
     Accumulator,
     Actor,
@@ -54,9 +56,55 @@ from .runtime import (
     this_proc,
     unhandled_fault_hook,
 )
-from .runtime import testing as testing
+from .runtime.lazy import late as _late
+
+if _TYPE_CHECKING:
+    from .runtime import (
+        AttachError,
+        BufferDropped,
+        Job,
+        JobError,
+        KubernetesJob,
+        LocalJob,
+        RayJob,
+        RemoteBuffer,
+        SlurmJob,
+        SSHJob,
+        SyncReport,
+        TransferError,
+        TransferTimeoutError,
+        VersionMismatch,
+        WorkspaceError,
+        attach_to_hosts,
+        load_job,
+    )
+    from .runtime import testing as testing
 
 __version__ = "0.1.0"
+
+__getattr__ = _late(
+    __name__,
+    {
+        "AttachError": ".runtime",
+        "BufferDropped": ".runtime",
+        "Job": ".runtime",
+        "JobError": ".runtime",
+        "KubernetesJob": ".runtime",
+        "LocalJob": ".runtime",
+        "RayJob": ".runtime",
+        "RemoteBuffer": ".runtime",
+        "SSHJob": ".runtime",
+        "SlurmJob": ".runtime",
+        "SyncReport": ".runtime",
+        "TransferError": ".runtime",
+        "TransferTimeoutError": ".runtime",
+        "VersionMismatch": ".runtime",
+        "WorkspaceError": ".runtime",
+        "attach_to_hosts": ".runtime",
+        "load_job": ".runtime",
+        "testing": ".runtime.testing",
+    },
+)
 
 __all__ = [
     "Accumulator",
@@ -64,6 +112,8 @@ __all__ = [
     "ActorError",
     "ActorMesh",
     "AdmissionError",
+    "AttachError",
+    "BufferDropped",
     "CallCancelledError",
     "CallTimeoutError",
     "Change",
@@ -78,6 +128,10 @@ __all__ = [
     "GroupBroken",
     "Health",
     "HostMesh",
+    "Job",
+    "JobError",
+    "KubernetesJob",
+    "LocalJob",
     "MailboxFull",
     "MeshFailure",
     "MessageError",
@@ -85,13 +139,23 @@ __all__ = [
     "Port",
     "PortReceiver",
     "ProcMesh",
+    "RayJob",
     "Region",
+    "RemoteBuffer",
     "Restart",
+    "SSHJob",
+    "SlurmJob",
     "SpawnError",
     "StoppedError",
     "SupervisionError",
+    "SyncReport",
+    "TransferError",
+    "TransferTimeoutError",
     "ValueMesh",
+    "VersionMismatch",
+    "WorkspaceError",
     "as_endpoint",
+    "attach_to_hosts",
     "checkpoint",
     "concurrent_endpoint",
     "context",
@@ -101,6 +165,7 @@ __all__ = [
     "device_mesh",
     "endpoint",
     "get_or_spawn_controller",
+    "load_job",
     "process_group",
     "scatter",
     "send",

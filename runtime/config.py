@@ -23,6 +23,15 @@ def log_root() -> Path:
     return base / "danaus" / "logs"
 
 
+def state_root() -> Path:
+    """The user's directory for what outlives a job's processes: ``DANAUS_STATE_DIR``, else in the state directory."""
+    chosen = os.environ.get("DANAUS_STATE_DIR")
+    if chosen:
+        return Path(chosen)
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "danaus"
+
+
 def stuck_s() -> float:
     """Within how many seconds a process that does not answer is told of: ``DANAUS_STUCK_S``, 2 by default, 0 for never.
 
@@ -59,6 +68,47 @@ def preempt_s() -> float:
         raise ValueError(f"DANAUS_PREEMPT_S={text}: expected seconds, 0 or more")
     return limit_s
 
+
+def grace_s() -> float:
+    """How many seconds a host may be unreachable before it is lost: ``DANAUS_GRACE_S``, 10 by default.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    text = os.environ.get("DANAUS_GRACE_S", "").strip() or "10"
+    try:
+        limit_s = float(text)
+    except ValueError:
+        limit_s = -1.0
+    if not MIN_HOST_GRACE_S <= limit_s < float("inf"):
+        raise ValueError(f"DANAUS_GRACE_S={text}: expected seconds, at least {MIN_HOST_GRACE_S:g}")
+    return limit_s
+
+
+def fan_out() -> int:
+    """How many agents one agent passes things on to: ``DANAUS_FAN_OUT``, 8 by default.
+
+    Raises:
+        ValueError: It is no number, or less than 1.
+    """
+    text = os.environ.get("DANAUS_FAN_OUT", "").strip() or "8"
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"DANAUS_FAN_OUT={text}: expected a number, 1 or more")
+    return int(text)
+
+
+def plain_bulk() -> bool:
+    """Whether direct streams between hosts go without encryption: ``DANAUS_PLAIN_BULK``."""
+    return os.environ.get("DANAUS_PLAIN_BULK", "").strip().lower() in {"1", "true", "yes"}
+
+
+def use_nixl() -> bool:
+    """Whether remote buffers of other hosts are reached by NIXL, which does not encrypt: ``DANAUS_NIXL``."""
+    return os.environ.get("DANAUS_NIXL", "").strip().lower() in {"1", "true", "yes"}
+
+
+MIN_HOST_GRACE_S = 1.0
+"""The least grace period of hosts: below it, a busy machine looks like a lost one."""
 
 MIN_STUCK_S = 0.2
 """The least limit for stuck processes: below it, a busy machine looks like one."""

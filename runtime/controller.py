@@ -11,12 +11,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from .address import AGENT, incarnation_of, mesh_of, name_of, next_address, rank_of
-from .config import GRACE_AFTER_ERROR_S, KEEP_LOG_DIRS, log_root, preempt_s, socket_root, stuck_s
+from .address import AGENT, CONTROLLER, incarnation_of, mesh_of, name_of, next_address, rank_of
+from .config import GRACE_AFTER_ERROR_S, grace_s, preempt_s, socket_root, stuck_s
 from .context import set_local_proc
 from .failure import FailureKind, MeshFailure
 from .host import interpreter
 from .host.descendants import JOB_VARIABLE, end_descendants
+from .host.log_files import new_log_directory
 from .interrupts import InterruptsHeld, end_as_interrupted
 from .log_printer import LogPrinter
 from .messages import wire
@@ -30,9 +31,7 @@ from .testing import armed as faults
 
 if TYPE_CHECKING:
     import subprocess
-    from pathlib import Path
 
-CONTROLLER: Final = "controller.0"
 END_LIMIT_S: Final = 7.0
 HURRY_LIMIT_S: Final = 1.5
 """Time for the host agent to kill what is left, once an interrupt has cut the end short."""
@@ -95,13 +94,14 @@ class Controller:
         # Else the agent would find them wrong, and end.
         stuck_s()
         preempt_s()
-        self.logs = _new_log_directory()
+        grace_s()
+        self.logs = new_log_directory("")
         # Just before the agent, which removes it even if this process is killed now.
         directory = self.local.directory = tempfile.mkdtemp(prefix="danaus-", dir=socket_root())
-        arguments = [directory, CONTROLLER, str(os.getpid()), self.host, self.logs]
+        arguments = [directory, str(os.getpid()), self.host, self.logs]
         bye = self._said_bye = threading.Event()
         agent = self._agent = interpreter.start(
-            "danaus.runtime.host.agent", *arguments, env={JOB_VARIABLE: directory}, start_new_session=True
+            "danaus.runtime.host.agent_main", *arguments, env={JOB_VARIABLE: directory}, start_new_session=True
         )
         self.local.run_soon(lambda: self.local.bind(os.path.join(directory, CONTROLLER)))
         if self._kept:
@@ -143,6 +143,8 @@ class Controller:
                     restarts=may_follow,
                 )
                 self.local.on_died(proc, failure, next_address(proc) if may_follow else None)
+        if self.local.hosts is not None:
+            self.local.hosts.on_agent_gone(code)
         self._is_preempted = False
 
     def _on_handover(self, fields: dict[str, Any]) -> None:
@@ -307,18 +309,3 @@ def _forget_in_child() -> None:
         del _past[CONTROLLER]
     _controller = None
     set_local_proc(None)
-
-
-def _new_log_directory() -> str:
-    root = log_root()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    path = tempfile.mkdtemp(prefix=f"{stamp}-{os.getpid()}-", dir=root)
-    _prune(root)
-    return path
-
-
-def _prune(root: Path) -> None:
-    jobs = sorted((entry for entry in root.iterdir() if entry.is_dir()), key=lambda entry: entry.stat().st_mtime)
-    for old in jobs[:-KEEP_LOG_DIRS]:
-        shutil.rmtree(old, ignore_errors=True)

@@ -282,7 +282,8 @@ class CallHandler:
         waiting = self._queue.qsize()
         if proc.attachments.has_returns:
             proc.return_leases(before_reply_to=sender)
-        proc.reply(sender, envelope[5], envelope[6], status, out, load=waiting, lazy=waiting > 0)
+        joined = bool(envelope[8] & wire.JOINED)
+        proc.reply(sender, envelope[5], envelope[6], status, out, load=waiting, lazy=waiting > 0, joined=joined)
         return True
 
     def _reply_end(self, envelope: wire.Envelope) -> None:

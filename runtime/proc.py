@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import zmq
 
-from .address import AGENT, incarnation_of, place_of
+from .address import AGENT, GATE, host_of, incarnation_of, place_of
 from .failure import MeshFailure, pack_failure, unpack_failure
 from .messages import wire
 from .messages.attachment import Attachments, Outgoing, size_of
+from .messages.far_link import FarLink, Gate
 from .messages.link import MULTIPART, Lane, Link
 from .messages.payload import Payload, dump
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from .messages.attachment import Incoming
+    from .network.attach import AttachedHosts
     from .runner import ActorRunner
     from .supervision.supervisor import Supervisor
     from .supervision.wait_watch import WaitWatch
@@ -75,7 +77,10 @@ class LocalProc:
     def __init__(self, proc_id: str, *, directory: str, path: str | None, host: str) -> None:
         self.proc_id, self.directory, self.host = proc_id, directory, host
         self.pid = os.getpid()
-        self.mesh_size = 1
+        self.slot, self.mesh_size = host_of(proc_id), 1
+        self.host_address = "127.0.0.1"
+        """Where processes of other hosts reach this one."""
+        self.hosts: AttachedHosts | None = None
         self.context: zmq.Context[Any] = zmq.Context()
         self.links: dict[str, Link] = {}
         self.lanes: dict[tuple[str, str, str], Lane] = {}
@@ -84,7 +89,8 @@ class LocalProc:
         self.gone: dict[str, MeshFailure] = {}
         self.epoch = 0
         """Grows whenever some rank has a new incarnation."""
-        self.attachments = Attachments(proc_id)
+        self.gate = Gate(self.context, lambda: os.path.join(self.directory, GATE))
+        self.attachments = Attachments(proc_id, self)
         self.on_event: dict[str, Callable[[dict[str, Any]], None]] = {
             "up": self._on_up,
             "died": self._on_died,
@@ -161,7 +167,9 @@ class LocalProc:
             with self._create_lock:
                 link = self.links.get(proc)
                 if link is None:
-                    link = self.links[proc] = Link(proc, self._mark_dirty)
+                    is_near = host_of(proc) == self.slot
+                    link = Link(proc, self._mark_dirty) if is_near else FarLink(proc, self._mark_dirty, self.gate)
+                    self.links[proc] = link
                     if proc in self.gone:
                         link.close()
                     else:
@@ -198,10 +206,25 @@ class LocalProc:
         """Ask the host agent for something; answers come as events."""
         self.links[AGENT].send(wire.pack([wire.REQUEST, name, self.proc_id, fields]))
 
-    def reply(self, proc: str, port: int, slot: int, status: int, out: Outgoing, *, load: int, lazy: bool) -> None:
-        """Answer a call."""
+    def reply(
+        self,
+        proc: str,
+        port: int,
+        slot: int,
+        status: int,
+        out: Outgoing,
+        *,
+        load: int,
+        lazy: bool,
+        joined: bool = False,
+    ) -> None:
+        """Answer a call; ``joined``: the answer may wait a moment for those of other ranks."""
         data = wire.pack([wire.REPLY, port, slot, status, load, out.body, out.attachment])
-        self.link(proc).send(data, out.frames, lazy=lazy)
+        link = self.link(proc)
+        if joined and isinstance(link, FarLink):
+            link.send_reply(port, data, out.frames)
+        else:
+            link.send(data, out.frames, lazy=lazy)
 
     def reply_gone(self, envelope: wire.Envelope, failure: MeshFailure, *, with_credit: bool = True) -> None:
         """Answer a CALL whose actor is no longer there, and return its credit unless it was returned before."""
@@ -534,6 +557,7 @@ class LocalProc:
     def _close(self) -> None:
         for link in list(self.links.values()):
             link.close(linger_ms=200)
+        self.gate.close(linger_ms=200)
         with self._wake_lock:
             self._waker.close(0)
         self._pull.close(0)

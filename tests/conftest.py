@@ -41,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ["DANAUS_SOCKET_DIR"] = _private_dir
     os.environ["DANAUS_LOG_DIR"] = os.path.join(_private_dir, "logs")
+    os.environ["DANAUS_STATE_DIR"] = os.path.join(_private_dir, "state")
     # Else a rank lost at the end of a test would end pytest.
     danaus.unhandled_fault_hook = lambda failure: None
 

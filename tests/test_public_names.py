@@ -25,6 +25,9 @@ def packages() -> list[object]:
 
 def public_names(module: types.ModuleType) -> list[str]:
     """Names that a module binds for others to use: neither underscored nor a module."""
+    for name in getattr(module, "__all__", ()):
+        # Some are bound when they are first asked for.
+        getattr(module, name)
     return sorted(
         name
         for name, value in vars(module).items()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 COMMANDS: Final = {
     "bench": ("bench", "measure the runtime, each figure beside its limit"),
     "doctor": ("doctor", "say what this machine has, what is missing and how to get it"),
+    "host": ("host", "let controllers that hold the key run jobs on this machine"),
+    "job": ("job", "start hosts from a file, look at them, run things on them, end them"),
+    "key": ("key", "make a key file for hosts and those who control them"),
     "run": ("run", "run a controller script, with errors that read well"),
 }
 """Name of a subcommand to its module in this folder, and what it does."""

@@ -12,9 +12,10 @@ from ..context import current_key
 from ..errors import CallTimeoutError, MailboxFull, MessageError
 from ..messages import wire
 from ..messages.payload import Payload, dump
+from .casting import cast
 from .future import in_event_loop
 from .reduction import reducer
-from .replies import Call, gone_error
+from .replies import Call, Gather, gone_error
 from .retry import Retry
 from .scatter import Scatter, scattered
 
@@ -115,20 +116,33 @@ class Caller:
         call.size_bytes = outs[0].size_bytes if outs else 0
         if len(payloads) > 1:
             call.slot_sizes = [out.size_bytes for out in outs]
+        self._post(call, sink, outs, (shape, flags), deadline_s)
+        if proc.gone:
+            self._fail_gone(call, sink, outs)
+        if options.timeout is not None and deadline_s is not None and sink is not None:
+            proc.run_at(deadline_s, partial(_time_out, weakref.ref(sink), options.timeout))
+
+    def _post(
+        self, call: Call, sink: Any, outs: Sequence[Outgoing], after: tuple[Any, int], deadline_s: float | None
+    ) -> None:
+        """Send ``outs`` to the lanes of ``call``; ``after`` are the fields of its messages behind the slot."""
+        proc, lanes, port = call.proc, call.lanes, call.port if sink is not None else 0
         sender = current_key()
+        sent: set[int] = set()
+        if call.slot_sizes is None and len(lanes) > 1:
+            before = (wire.CALL, lanes[0].actor, self._spec.name, proc.proc_id, sender, port)
+            sent = cast(proc, lanes, before, after, outs[0], port if isinstance(sink, Gather) else 0)
         for slot, (lane, out) in enumerate(zip(lanes, outs, strict=True)):
-            head = [wire.CALL, lane.actor, self._spec.name, proc.proc_id, sender, port, slot, shape, flags]
+            if slot in sent:
+                continue
+            head = [wire.CALL, lane.actor, self._spec.name, proc.proc_id, sender, port, slot, *after]
             data = wire.pack([*head, out.body, out.attachment])
             if not lane.try_post(data, out.frames, out.size_bytes):
                 try:
                     self._post_waiting(proc, lane, port, data, out, sink, deadline_s)
                 except BaseException:
-                    call.give_up(outs, num_sent=slot, is_awaited=sink is not None)
+                    call.give_up(outs, num_sent=slot, also_sent=sent, is_awaited=sink is not None)
                     raise
-        if proc.gone:
-            self._fail_gone(call, sink, outs)
-        if options.timeout is not None and deadline_s is not None and sink is not None:
-            proc.run_at(deadline_s, partial(_time_out, weakref.ref(sink), options.timeout))
 
     def _snapshots(self, proc: LocalProc, payloads: Sequence[Payload], lanes: list[Lane]) -> list[Outgoing]:
         if len(payloads) == 1:

@@ -116,13 +116,15 @@ class Call:
 
         self.proc.run_soon(tell)
 
-    def give_up(self, outs: Sequence[Outgoing], *, num_sent: int, is_awaited: bool) -> None:
-        """Take back what could not be sent, and call off what was."""
-        for lane, out in zip(self.lanes[num_sent:], outs[num_sent:], strict=True):
-            self.proc.attachments.take_back(out, lane.proc)
+    def give_up(self, outs: Sequence[Outgoing], *, num_sent: int, also_sent: set[int], is_awaited: bool) -> None:
+        """Take back what could not be sent, and call off what was: the first ``num_sent``, and ``also_sent``."""
+        sent = also_sent.union(range(num_sent))
+        for slot, (lane, out) in enumerate(zip(self.lanes, outs, strict=True)):
+            if slot not in sent:
+                self.proc.attachments.take_back(out, lane.proc)
         if is_awaited:
             self.forget()
-            self.cancel_slots(list(range(num_sent)))
+            self.cancel_slots(sorted(sent))
 
 
 class _Question(Call):

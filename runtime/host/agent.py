@@ -1,9 +1,11 @@
-"""The host agent: the one daemon on a host that starts processes, watches them and tells who waits for them.
+"""The host agent: the one daemon of a job on a host that starts processes, watches them and tells who waits for them.
 
-It never unpickles and runs no user code. The controller starts it in a Python of its own (see interpreter.py).
+It never unpickles and runs no user code. On the controller's host the controller starts it, in a Python of its own (see
+interpreter.py); on other hosts `danaus host` does, for each job that attaches.
 
     controller --REQUEST--> agent --fork request--> zygote --fork--> procs (children of the agent)
     agent --EVENT--> controller and procs: up, died, log, stop
+    agent <--packets--> agents of other hosts (network/)
 """
 
 from __future__ import annotations
@@ -11,24 +13,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
-import select
 import shutil
 import signal
-import socket
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from ..address import AGENT, address, incarnation_of, mesh_of, next_address, place_of, rank_of
+from ..address import (
+    AGENT,
+    CONTROLLER,
+    address,
+    file_name,
+    host_of,
+    incarnation_of,
+    mesh_of,
+    next_address,
+    place_of,
+    rank_of,
+    slots_of,
+)
 from ..config import GRACE_AFTER_ERROR_S, preempt_s, stuck_s
 from ..failure import FailureKind, pack_failure, unpack_failure
 from ..messages import wire
 from ..messages.link import MULTIPART, Link
-from .kernel import adopt_orphans
+from .agent_network import AgentNetwork
+from .kept import Kept
 from .log_files import LogFiles
+from .loop import Loop
 from .oom import MEMORY_S, OomWatch
 from .orders import Orders
 from .outputs import Outputs
@@ -38,7 +51,13 @@ from .watchdog import Watchdog
 from .zygotes import Zygotes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import socket
+    from collections.abc import Callable, Iterable, Sequence
+
+    from .settings import AgentSettings
+
+SAME_SIGNAL_S: Final = 2.0
+"""A scheduler that signals every process of a job, and a daemon that passes its signal on, mean one and the same."""
 
 _log = logging.getLogger("danaus.agent")
 
@@ -48,37 +67,48 @@ class Agent:
 
     Args:
         directory: The job's private socket directory.
-        controller: Address of the controller.
-        controller_fd: Pidfd of the process whose end is the job's end.
+        parent_fd: Pidfd of the process whose end is this one's: the controller, or the host's daemon.
         host: Name of this host.
         log_directory: Where per-rank files go.
         seed: Socket of the first zygote, forked before this process had anything to hand on.
+        slot: Of this host in the job.
+        life: How many agents have had that slot before.
     """
 
     def __init__(
-        self, directory: str, controller: str, controller_fd: int, host: str, log_directory: str, seed: socket.socket
+        self,
+        directory: str,
+        parent_fd: int,
+        host: str,
+        log_directory: str,
+        seed: socket.socket,
+        *,
+        slot: int = 0,
+        life: int = 0,
     ) -> None:
-        self._directory, self._controller, self._host = directory, controller, host
+        self._directory, self._host, self._slot = directory, host, slot
         self._table = ProcTable(host)
-        self._orders = Orders(directory, host)
+        self._orders = Orders(directory, host, slot)
         self._context: zmq.Context[Any] = zmq.Context()
         self._pull: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
         self._pull.bind(f"ipc://{directory}/{AGENT}")
+        self.loop = Loop()
+        self.loop.watch_socket(self._pull, self._receive)
+        self._network: AgentNetwork | None = None
         self._links: dict[str, Link] = {}
-        self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[], object]] = {}
         self._pidfds: dict[str, int] = {}
         self._old_paths: dict[str, str] = {}
         self._delayed: list[tuple[dict[str, Any], list[str]]] = []
-        self._kept: dict[str, dict[str, bytes]] = {}
+        self._kept = Kept(self._on_recalled, waits=life > 0)
         self._quitting = False
-        self._outputs = Outputs(LogFiles(log_directory), self._on_lines, watch=self._watch, unwatch=self._unwatch)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._outputs = Outputs(
+            LogFiles(log_directory), self._on_lines, watch=self.loop.watch, unwatch=self.loop.unwatch
+        )
         self._zygotes = Zygotes(
             seed,
-            watch=self._watch,
-            unwatch=self._unwatch,
+            watch=self.loop.watch,
+            unwatch=self.loop.unwatch,
             on_started=self._on_started,
             started=self._started_pids,
             on_failed=self._on_not_started,
@@ -89,42 +119,34 @@ class Agent:
             stuck_s(),
             host=host,
             procs=self._table.procs,
-            tell=self._tell,
+            tell=self.tell,
             log_tail=self._outputs.last_lines,
-            watch=self._watch,
-            unwatch=self._unwatch,
+            watch=self.loop.watch,
+            unwatch=self.loop.unwatch,
         )
-        self._signals: list[int] = []
         self._draining: set[str] = set()
         self._drain_until_s: float | None = None
-        self._is_preempted = False
-        self._watch(self._wake_fd, self._on_wake)
-        self._controller_fd = controller_fd
-        self._watch(self._controller_fd, self._on_controller_gone)
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, self._on_signalled)
-        self._link(controller, f"{directory}/{controller}")
-        self._tell(controller, "agent_up", {"path": f"{directory}/{AGENT}", "pid": os.getpid(), "logs": log_directory})
+        self._signalled_s: float | None = None
+        self._is_preempted = self._leaves = False
+        self._parent_fd = parent_fd
+        self.loop.watch(self._parent_fd, self._on_parent_gone)
+        self.loop.watch_signals((signal.SIGTERM, signal.SIGINT), self._on_signals)
+        if not slot:
+            self._link(CONTROLLER, f"{directory}/{CONTROLLER}")
+            fields = {"path": f"{directory}/{AGENT}", "pid": os.getpid(), "logs": log_directory}
+            self.tell(CONTROLLER, "agent_up", fields)
 
     # the loop:
 
     def run(self) -> None:
         """Serve until the job ends; leaves nothing behind."""
-        poller = zmq.Poller()
-        poller.register(self._pull, zmq.POLLIN)
-        poller.register(self._epoll, zmq.POLLIN)
-        while not (self._quitting and not self._table.procs):
-            ready = dict(poller.poll(self._timeout_ms()))
-            if self._epoll.fileno() in ready or self._epoll in ready:
-                for fd, _ in self._epoll.poll(0):
-                    handler = self._handlers.get(fd)
-                    if handler is not None:
-                        handler()
-            if self._pull in ready:
-                self._receive()
+        while not self._is_over():
+            self.loop.wait(self._timeout_ms())
             now_s = time.monotonic()
-            self._carry_out(self._table.check(now_s=now_s))
-            self._watchdog.check(now_s=now_s)
+            for part in (self._network, self._watchdog, self._kept):
+                if part is not None:
+                    part.check(now_s=now_s)
+            self.carry_out(self._table.check(now_s=now_s))
             if self._drain_until_s is not None and (not self._draining or now_s >= self._drain_until_s):
                 self._end_preempted()
             if now_s >= self._look_at_s:
@@ -132,8 +154,13 @@ class Agent:
                 self._oom.look(now_s=now_s)
         self._close()
 
+    def _is_over(self) -> bool:
+        is_over = self._quitting and not self._table.procs
+        return is_over and (self._network is None or self._network.is_over())
+
     def _timeout_ms(self) -> int:
-        times_s = [*(each.next_check_s() for each in (self._table, self._watchdog)), self._drain_until_s]
+        checked = (self._table, self._watchdog, self._network, self._kept)
+        times_s = [*(each.next_check_s() for each in checked if each is not None), self._drain_until_s]
         next_s = min((time_s for time_s in times_s if time_s is not None), default=None)
         return -1 if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1)
 
@@ -153,21 +180,26 @@ class Agent:
             except wire.WireError as error:
                 _log.warning("dropped a malformed message: %s", error)
 
-    def _watch(self, fd: int, handler: Callable[[], object]) -> None:
-        self._handlers[fd] = handler
-        self._epoll.register(fd, select.EPOLLIN)
-
-    def _unwatch(self, fd: int) -> None:
-        if self._handlers.pop(fd, None) is not None:
-            with contextlib.suppress(OSError):
-                self._epoll.unregister(fd)
-
     # requests:
 
     def _on_request(self, envelope: wire.Envelope) -> None:
         if envelope[0] != wire.REQUEST:
             raise wire.WireError(f"agents take requests, not kind {envelope[0]}")
         _, name, sender, fields = envelope
+        if self._network is None and (name == "attach" or self._is_elsewhere(fields)):
+            self._join(None)
+        if self._network is not None:
+            fields = self._network.split(name, sender, fields)
+        if fields is not None:
+            self.handle(name, sender, fields)
+
+    def _is_elsewhere(self, fields: dict[str, Any]) -> bool:
+        """Whether a request is about processes of other hosts, of which an agent before this one may have known."""
+        mesh = fields.get("mesh") or mesh_of(fields.get("proc", ""))
+        return isinstance(mesh, str) and slots_of(mesh) != (self._slot,)
+
+    def handle(self, name: str, sender: str, fields: dict[str, Any]) -> None:
+        """Carry out a request that concerns this host."""
         handler = self._REQUESTS.get(name)
         if handler is None:
             _log.warning("unknown request %r of %s", name, sender)
@@ -180,28 +212,26 @@ class Agent:
         self._remove_old_path(proc)
         if proc not in self._links:
             self._link(proc, fields["path"])
-        self._carry_out(self._table.on_up(proc))
+        self.carry_out(self._table.on_up(proc))
 
     def _on_watch(self, sender: str, fields: dict[str, Any]) -> None:
         proc = fields["proc"]
-        is_controller = proc == self._controller
-        self._carry_out([TellUp(sender, proc)] if is_controller else self._table.on_watch(proc, sender))
+        self.carry_out([TellUp(sender, proc)] if proc == CONTROLLER else self._table.on_watch(proc, sender))
 
     def _on_signal(self, sender: str, fields: dict[str, Any]) -> None:
         pidfd = self._pidfds.get(fields["proc"])
-        link = self._links.get(sender)
         # Of one that is gone the sender hears as its watcher.
-        if pidfd is not None and link is not None:
+        if pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, fields["signum"])
-                link.send(wire.pack([wire.REPLY, fields["port"], 0, wire.OK, 0, fields["token"], None]))
+                self._send(sender, [wire.REPLY, fields["port"], 0, wire.OK, 0, fields["token"], None])
 
     def _on_failing(self, sender: str, fields: dict[str, Any]) -> None:
         self._table.on_failing(sender, FailureKind(fields["kind"]), fields["traceback"])
-        self._tell(sender, "noted", {})
+        self.tell(sender, "noted", {})
 
     def _on_stop(self, _sender: str, fields: dict[str, Any]) -> None:
-        self._carry_out(self._table.on_stop(fields["procs"], now_s=time.monotonic(), grace_s=fields["grace_s"]))
+        self.carry_out(self._table.on_stop(fields["procs"], now_s=time.monotonic(), grace_s=fields["grace_s"]))
 
     def _on_stop_mesh(self, _sender: str, fields: dict[str, Any]) -> None:
         """No rank of a mesh is wanted any more: its spares go, and so does what was kept for it."""
@@ -211,9 +241,8 @@ class Agent:
         self._table.on_mesh_over(mesh)
         spares = [record.proc for record in self._table.procs.values() if record.mesh == mesh and record.is_spare]
         self._orders.forget(mesh)
-        for place in [place for place in self._kept if mesh_of(place) == mesh]:
-            del self._kept[place]
-        self._carry_out(self._table.on_stop(spares, now_s=time.monotonic(), grace_s=0.0))
+        self._kept.forget_mesh(mesh)
+        self.carry_out(self._table.on_stop(spares, now_s=time.monotonic(), grace_s=0.0))
         self._drop_mesh(mesh)
 
     def _drop_mesh(self, mesh: str) -> None:
@@ -224,41 +253,48 @@ class Agent:
 
     def _on_restart(self, _sender: str, fields: dict[str, Any]) -> None:
         failure = unpack_failure(fields["failure"])
-        self._carry_out(self._table.on_restart(fields["proc"], failure, now_s=time.monotonic()))
+        self.carry_out(self._table.on_restart(fields["proc"], failure, now_s=time.monotonic()))
 
     def _on_abandon(self, _sender: str, fields: dict[str, Any]) -> None:
-        self._carry_out(self._table.on_abandon(fields["proc"]))
+        self.carry_out(self._table.on_abandon(fields["proc"]))
 
     def _on_policy(self, _sender: str, fields: dict[str, Any]) -> None:
         self._table.on_policy(fields["mesh"], restartable=fields["restartable"])
 
     def _on_keep(self, sender: str, fields: dict[str, Any]) -> None:
         """Keep what an actor wants to have back when it is started again."""
-        self._kept.setdefault(place_of(sender), {})[fields["actor"]] = fields["state"]
-        self._tell(sender, "kept", {"token": fields["token"], "state": None})
+        self._kept.keep(sender, fields["actor"], fields["state"])
+        if self._network is not None:
+            self._network.keep_copy(sender, fields["actor"], fields["state"])
+        self.tell(sender, "kept", {"token": fields["token"], "state": None})
 
-    def _on_forget(self, sender: str, fields: dict[str, Any]) -> None:
-        self._kept.get(place_of(sender), {}).pop(fields["actor"], None)
-
-    def _on_recall(self, sender: str, fields: dict[str, Any]) -> None:
-        state = self._kept.get(place_of(sender), {}).get(fields["actor"])
-        self._tell(sender, "kept", {"token": fields["token"], "state": state})
+    def _on_recalled(self, proc: str, token: int, state: bytes | None) -> None:
+        self.tell(proc, "kept", {"token": token, "state": state})
 
     def _on_spawn(self, owner: str, fields: dict[str, Any]) -> None:
         procs = [proc for proc in fields["procs"] if proc not in self._table.gone]
         if fields["procs"] and not procs:
             return
         num_spares = fields["spares"] if self._orders.get(fields["mesh"]) is None else 0
-        order = self._orders.add(fields, owner)
-        self._carry_out(self._table.on_spawn(self._orders.info(order), procs))
+        order = self._orders.add(self._with_boot_file(fields, owner), owner)
+        self.carry_out(self._table.on_spawn(self._orders.info(order), procs))
         if self._quitting:
             self._table.on_stop(procs, now_s=time.monotonic())
         if owner in self._table.gone or self._quitting:
             self._on_not_started(procs, f"its owner {owner} had ended", "")
             return
         self._start(order, procs)
-        for index in range(num_spares):
-            self._start_spare(order, f"{order['mesh']}.{order['count'] + index}")
+        for spare in self._orders.spares(order, num_spares):
+            self._start_spare(order, spare)
+
+    def _with_boot_file(self, fields: dict[str, Any], owner: str) -> dict[str, Any]:
+        """Put down what the processes of a mesh read, where its owner is on another host."""
+        if host_of(owner) == self._slot:
+            return fields
+        path = f"{self._directory}/{file_name(fields['mesh'])}.boot@{file_name(owner)}"
+        with contextlib.suppress(FileExistsError), open(path, "xb", opener=_private) as file:
+            file.write(fields["boot"])
+        return {**fields, "boot_file": path}
 
     def _start(self, order: dict[str, Any], procs: list[str]) -> None:
         """Fork ``procs``, or have spares be them, once what those before them had spawned has ended."""
@@ -288,10 +324,10 @@ class Agent:
             self._on_not_started(procs, f"{type(error).__name__}: {error}", "")
             return
         self._zygotes.start(
-            order["zygote"],
+            self._orders.zygote_key(order),
             order["preload"],
             order["zygote_env"],
-            order["sys_path"],
+            self._orders.sys_path(order),
             self._orders.common(order),
             requests,
             outputs,
@@ -310,12 +346,12 @@ class Agent:
         self._table.on_adopt(spare, proc)
         self._links[proc] = self._links.pop(spare)
         pidfd = self._pidfds[proc] = self._pidfds.pop(spare)
-        self._unwatch(pidfd)
-        self._watch(pidfd, lambda: self._on_exit(proc))
+        self.loop.unwatch(pidfd)
+        self.loop.watch(pidfd, lambda: self._on_exit(proc))
         self._outputs.rename(spare, proc)
-        self._tell(proc, "adopt", request)
+        self.tell(proc, "adopt", request)
         # Not removed before it answers: the link to it may still be about to connect.
-        self._old_paths[proc] = f"{self._directory}/{spare}"
+        self._old_paths[proc] = f"{self._directory}/{file_name(spare)}"
         self._start_spare(order, next_address(spare))
         return True
 
@@ -331,14 +367,14 @@ class Agent:
     def _on_started(self, proc: str, pid: int) -> None:
         pidfd = os.pidfd_open(pid)
         self._pidfds[proc] = pidfd
-        self._watch(pidfd, lambda: self._on_exit(proc))
+        self.loop.watch(pidfd, lambda: self._on_exit(proc))
         self._oom.on_started(proc, pid)
-        self._carry_out(self._table.on_started(proc, pid))
+        self.carry_out(self._table.on_started(proc, pid))
 
     def _on_not_started(self, procs: Iterable[str], detail: str, traceback: str) -> None:
         for proc in procs:
             self._outputs.close(proc)
-            self._carry_out(self._table.on_not_started(proc, detail, traceback))
+            self.carry_out(self._table.on_not_started(proc, detail, traceback))
         self._start_delayed()
 
     def _on_exit(self, proc: str) -> None:
@@ -347,7 +383,7 @@ class Agent:
         if status is None:
             return
         del self._pidfds[proc]
-        self._unwatch(pidfd)
+        self.loop.unwatch(pidfd)
         os.close(pidfd)
         killed = status.si_code != os.CLD_EXITED
         tail = self._outputs.close(proc)
@@ -360,8 +396,10 @@ class Agent:
             out_of_memory=self._killed_by_kernel(proc, status),
         )
         self._draining.discard(proc)
-        self._carry_out(commands)
+        self.carry_out(commands)
         self._forget(proc)
+        if self._network is not None:
+            self._network.elsewhere.on_process_gone(proc)
         for mesh in self._orders.owned_by(proc):
             self._end_mesh(mesh)
         if self._table.gone[proc].kind is not FailureKind.STOPPED:
@@ -400,26 +438,34 @@ class Agent:
         self._watchdog.on_exit(proc)
         self._oom.on_exit(proc)
         self._remove_old_path(proc)
-        for path in (f"{self._directory}/{proc}", stacks_file(f"{self._directory}/{proc}")):
+        own = f"{self._directory}/{file_name(proc)}"
+        for path in (own, stacks_file(own)):
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self._drop_mesh(mesh_of(proc))
 
-    def _carry_out(self, commands: Iterable[Command]) -> None:
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        """Do what the table says."""
         for command in commands:
             if isinstance(command, TellUp):
-                self._tell(command.to, "up", {"proc": command.proc, "path": f"{self._directory}/{command.proc}"})
+                record = self._table.procs.get(command.proc)
+                fields = {
+                    "proc": command.proc,
+                    "path": f"{self._directory}/{file_name(command.proc)}",
+                    "restartable": record is not None and record.info.restartable,
+                }
+                self.tell(command.to, "up", fields)
             elif isinstance(command, TellGone):
-                if self._is_preempted and command.to == self._controller:
-                    # It learns of all of them at once, by the end of this process: then another host can start them.
+                if self._leaves and (command.to == CONTROLLER or host_of(command.to) != self._slot):
+                    # They learn of all of them at once, by the end of this process: then another host can start them.
                     continue
                 fields = {"failure": pack_failure(command.failure), "next": command.following}
-                self._tell(command.to, "died", {"proc": command.proc, **fields})
+                self.tell(command.to, "died", {"proc": command.proc, **fields})
             elif isinstance(command, TellReplaced):
-                self._tell(command.to, "replaced", {"proc": command.proc, "next": command.following})
+                self.tell(command.to, "replaced", {"proc": command.proc, "next": command.following})
             elif isinstance(command, AskStop):
                 failure = command.failure and pack_failure(command.failure)
-                self._tell(command.proc, "stop", {"failure": failure})
+                self.tell(command.proc, "stop", {"failure": failure})
             else:
                 pidfd = self._pidfds.get(command.proc)
                 if pidfd is not None:
@@ -432,10 +478,50 @@ class Agent:
         link = self._links[proc] = Link(proc, Link.flush)
         link.open(self._context, f"ipc://{path}")
 
-    def _tell(self, proc: str, name: str, fields: dict[str, Any]) -> None:
+    def tell(self, proc: str, name: str, fields: dict[str, Any]) -> None:
+        """Send an event to a process, wherever it is."""
+        self._send(proc, [wire.EVENT, name, fields])
+
+    def _send(self, proc: str, envelope: wire.Envelope) -> None:
         link = self._links.get(proc)
         if link is not None:
-            link.send(wire.pack([wire.EVENT, name, fields]))
+            link.send(wire.pack(envelope))
+        elif self._network is not None:
+            self._network.tell(proc, wire.pack(envelope))
+
+    # other hosts:
+
+    def _join(self, settings: AgentSettings | None) -> AgentNetwork:
+        self._network = AgentNetwork(self, self._context, self._directory, self._host, settings)
+        return self._network
+
+    def join(self, settings: AgentSettings) -> str:
+        """Be one of several agents of a job; return where the others reach this one."""
+        self.set_host_address(settings.advertise)
+        return self._join(settings).endpoint
+
+    def set_host_address(self, address: str) -> None:
+        """Processes of other hosts reach those of this one at ``address``."""
+        self._orders.host_address = address
+
+    def on_member(self, slot: int) -> None:
+        """An agent has joined; where it follows a lost one it gets what is kept of that one's actors."""
+        kept = self._kept.of_host(slot)
+        if kept and self._network is not None:
+            self._network.elsewhere.ask_agent(slot, "take_over", {"kept": kept})
+
+    def deliver(self, proc: str, frames: Sequence[Any]) -> None:
+        """Hand a message from another host to a process here; dropped where that is gone."""
+        link = self._links.get(proc)
+        if link is not None:
+            link.carry(frames)
+
+    def on_owner_gone(self, proc: str) -> None:
+        """A process of another host is gone: end what it had ordered here."""
+        self.carry_out(self._table.on_owner_gone(proc, now_s=time.monotonic()))
+        for mesh in self._orders.owned_by(proc):
+            self._end_mesh(mesh)
+        self._orders.on_owner_lost(proc)
 
     # logs:
 
@@ -443,41 +529,40 @@ class Agent:
         record = self._table.procs.get(proc)
         name, rank = (record.name, record.rank) if record is not None else (proc, 0)
         fields = {"mesh": mesh_of(proc), "name": name, "rank": rank, "stream": stream, "lines": lines}
-        self._tell(self._controller, "log", fields)
+        self.tell(CONTROLLER, "log", fields)
 
     def _warn(self, text: str) -> None:
         fields = {"mesh": "agent", "name": "agent", "rank": 0, "stream": "stderr", "lines": [text]}
-        self._tell(self._controller, "log", fields)
+        self.tell(CONTROLLER, "log", fields)
 
     # the end:
 
-    def _on_controller_gone(self) -> None:
-        self._unwatch(self._controller_fd)
-        link = self._links.pop(self._controller, None)
+    def _on_parent_gone(self) -> None:
+        self.loop.unwatch(self._parent_fd)
+        link = self._links.pop(CONTROLLER, None)
         if link is not None:
             link.close()
-        self._quit()
+        self.quit()
 
-    def _quit(self, grace_s: float = GRACE_AFTER_ERROR_S) -> None:
+    def quit(self, grace_s: float = GRACE_AFTER_ERROR_S) -> None:
+        """End every process here, then this one; on the controller's host, the whole job."""
         self._quitting = True
+        self._leaves = self._is_preempted or self._slot != 0
+        if self._network is not None:
+            self._network.end()
         commands = self._table.on_stop(list(self._table.procs), now_s=time.monotonic(), grace_s=grace_s)
-        self._carry_out(commands)
+        self.carry_out(commands)
         delayed, self._delayed = self._delayed, []
         # A zygote that still imports would only start them after that.
         waiting = [*self._zygotes.give_up_pending(), *(proc for _, procs in delayed for proc in procs)]
         self._on_not_started(waiting, "", "")
 
-    def _on_signalled(self, signum: int, _frame: object) -> None:
-        """In the middle of anything: the loop sees to it."""
-        self._signals.append(signum)
-        os.eventfd_write(self._wake_fd, 1)
-
-    def _on_wake(self) -> None:
-        os.eventfd_read(self._wake_fd)
-        signals, self._signals = self._signals, []
-        if signal.SIGINT in signals or self._drain_until_s is not None or len(signals) > 1:
-            self._quit()
-        elif signals:
+    def _on_signals(self, signums: list[int]) -> None:
+        now_s = time.monotonic()
+        if signal.SIGINT in signums or (self._signalled_s is not None and now_s - self._signalled_s > SAME_SIGNAL_S):
+            self.quit()
+        elif not self._quitting and self._signalled_s is None:
+            self._signalled_s = now_s
             self._preempt()
 
     def _preempt(self) -> None:
@@ -486,23 +571,29 @@ class Agent:
         seconds = preempt_s()
         self._draining = {record.proc for record in records}
         self._drain_until_s = time.monotonic() + seconds
-        for owner in {record.owner for record in records} | {self._controller}:
+        for owner in {record.owner for record in records} | {CONTROLLER}:
             owned = [record.proc for record in records if record.owner == owner]
-            self._tell(owner, "preempted", {"host": self._host, "seconds": seconds, "procs": owned})
+            self.tell(owner, "preempted", {"host": self._host, "seconds": seconds, "procs": owned})
         for record in records:
-            self._tell(record.proc, "drain", {"seconds": seconds})
+            self.tell(record.proc, "drain", {"seconds": seconds})
 
     def _end_preempted(self) -> None:
         """All have drained, or the time is over: hand over what is kept, and end."""
         self._drain_until_s = None
         self._is_preempted = True
-        self._tell(self._controller, "handover", {"kept": self._kept})
-        self._quit()
+        if self._network is not None and self._slot:
+            self._network.hand_over(self._kept.of_host(self._slot))
+        else:
+            self.tell(CONTROLLER, "handover", {"kept": self._kept.of_host(self._slot)})
+        self.quit()
 
     def _close(self) -> None:
         self._zygotes.close()
         self._watchdog.close()
-        self._tell(self._controller, "bye", {})
+        if self._network is not None:
+            self._network.close(is_preempted=self._is_preempted)
+        else:
+            self.tell(CONTROLLER, "bye", {})
         for link in self._links.values():
             link.close(linger_ms=500)
         self._pull.close(0)
@@ -521,13 +612,14 @@ class Agent:
         "abandon": _on_abandon,
         "policy": _on_policy,
         "keep": _on_keep,
-        "recall": _on_recall,
-        "forget": _on_forget,
+        "recall": lambda self, sender, fields: self._kept.recall(sender, fields["actor"], fields["token"]),
+        "forget": lambda self, sender, fields: self._kept.forget(sender, fields["actor"]),
         "ready": lambda self, sender, fields: self._watchdog.on_ready(sender, fields),
         "pong": lambda self, sender, fields: self._watchdog.on_pong(sender, fields["number"]),
         "drained": lambda self, sender, _fields: self._draining.discard(sender),
-        "take_over": lambda self, _sender, fields: self._kept.update(fields["kept"]),
-        "quit": lambda self, _sender, fields: self._quit(fields["grace_s"]),
+        "take_over": lambda self, _sender, fields: self._kept.take_over(fields["kept"]),
+        "keep_copy": lambda self, _sender, fields: self._kept.keep(fields["proc"], fields["actor"], fields["state"]),
+        "quit": lambda self, _sender, fields: self.quit(fields["grace_s"]),
     }
 
 
@@ -536,35 +628,5 @@ def _before(proc: str) -> str:
     return address(place_of(proc), incarnation_of(proc) - 1)
 
 
-def main(argv: list[str]) -> None:
-    """Run an agent: ``DIRECTORY CONTROLLER CONTROLLER_PID HOST LOG_DIRECTORY``."""
-    directory, controller, controller_pid, host, log_directory = argv
-    controller_fd = _open_parent(int(controller_pid))
-    if controller_fd is None:
-        # It was killed while this process started.
-        shutil.rmtree(directory, ignore_errors=True)
-        return
-    adopt_orphans()
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    agent_pid = os.getpid()
-    # Before anything starts a thread: the seed of all zygotes is a copy of this process.
-    if os.fork() == 0:
-        from .zygote import serve
-
-        ours.close()
-        serve(theirs, agent=agent_pid, key="plain", modules=[], env={})
-    theirs.close()
-    logging.basicConfig(level=logging.WARNING, format="danaus agent: %(message)s")
-    Agent(directory, controller, controller_fd, host, log_directory, ours).run()
-
-
-def _open_parent(pid: int) -> int | None:
-    """Return a pidfd of the parent process, or None where that is no longer ``pid``."""
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        if os.getppid() == pid:
-            return pidfd
-        os.close(pidfd)
-    return None
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import cloudpickle
 
+from ..address import file_name, per_host_of, slots_of
+from ..workspace.paths import packed_workspaces
 from .admission import Need, admit, read_limits
 from .cpus import read_topology, resolve_bindings
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
     from ..proc import LocalProc
 
-_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _PRELOADED_BY_DEFAULT: Final = ("numpy", "torch")
 _MIB: Final = 1 << 20
 _IMPORT_TIME: Final = (
@@ -80,10 +81,10 @@ def make_plan(
     proc_bind: Sequence[Mapping[str, str]] | None,
     gpus: str,
 ) -> BootPlan:
-    """Check a spawn against this host and describe it.
+    """Check a spawn, against this host where it is to have some of the processes, and describe it.
 
     Raises:
-        AdmissionError: The host's limits do not allow ``count`` more processes.
+        AdmissionError: This host's limits do not allow so many more processes.
         ValueError: A setting is malformed.
     """
     if gpus not in {"own", "shared", "none"}:
@@ -96,9 +97,10 @@ def make_plan(
     if isinstance(preload, str):
         raise TypeError(f"spawn_procs(preload={preload!r}): expected a list of modules, as in preload=[{preload!r}]")
     modules = tuple(_default_preload() if preload is None else dict.fromkeys(preload))
-    admit(count + spares, read_limits(), Need(memory_bytes=(25 if "torch" in modules else 16) * _MIB))
-    bindings = [] if proc_bind is None else resolve_bindings(proc_bind, num_procs=count, topology=read_topology())
-    threads = max(1, (os.cpu_count() or 1) // max(count, 1))
+    slots, per_host = slots_of(mesh_id), per_host_of(mesh_id) or count
+    if local.slot in slots:
+        admit(per_host + spares, read_limits(), Need(memory_bytes=(25 if "torch" in modules else 16) * _MIB))
+    bindings = [] if proc_bind is None else resolve_bindings(proc_bind, num_procs=per_host, topology=read_topology())
     boot = _dump_boot(bootstrap)
     fields = {
         "mesh": mesh_id,
@@ -108,12 +110,14 @@ def make_plan(
         "dims": list(dims),
         "spares": spares,
         "restartable": restartable,
-        "env": {**{variable: str(threads) for variable in _THREAD_VARIABLES}, **env},
+        "env": dict(env),
         "preload": modules,
         "zygote": _zygote_key(modules, env),
         "zygote_env": {key: value for key, value in env.items() if key.startswith(_IMPORT_TIME)},
-        "sys_path": sys.path,
-        "boot_file": write_boot_file(local, mesh_id, boot),
+        "sys_path": list(sys.path),
+        "workspaces": packed_workspaces(local, [*sys.path, os.getcwd()]),
+        "boot_file": write_boot_file(local, mesh_id, boot) if local.slot in slots else "",
+        "boot": boot if slots != (local.slot,) else b"",
         "cpus": [None if binding.cpus is None else sorted(binding.cpus) for binding in bindings],
         "mem_nodes": [None if binding.mem_nodes is None else sorted(binding.mem_nodes) for binding in bindings],
         "gpus": gpus,
@@ -159,7 +163,7 @@ def _dump_boot(bootstrap: Callable[[], object] | None) -> bytes:
 def write_boot_file(local: LocalProc, mesh_id: str, boot: bytes) -> str:
     """Put what the processes of a mesh read into the job's directory, if it is not there; return the path."""
     # Whoever dies before it has ordered the mesh leaves a file that only its own name tells apart.
-    path = os.path.join(local.job_directory(), f"{mesh_id}.boot@{local.proc_id}")
+    path = os.path.join(local.job_directory(), f"{file_name(mesh_id)}.boot@{file_name(local.proc_id)}")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

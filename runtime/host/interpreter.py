@@ -27,6 +27,8 @@ def start(
     env: Mapping[str, str] | None = None,
     start_new_session: bool = False,
     pass_fds: Sequence[int] = (),
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Run ``main(arguments)`` of a module of ours in a process of its own.
 
@@ -36,12 +38,15 @@ def start(
         env: Variables that it has besides those of this process.
         start_new_session: As for :class:`subprocess.Popen`.
         pass_fds: As for :class:`subprocess.Popen`.
+        stdin: As for :class:`subprocess.Popen`.
+        stdout: As for :class:`subprocess.Popen`.
     """
     path = os.pathsep.join(entry for entry in sys.path if entry)
     command = [sys.executable, "-c", _BODY.format(variable=_VARIABLE, module=module), *arguments]
     return subprocess.Popen(  # noqa: S603  our own interpreter and module
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
+        stdout=stdout,
         env={**os.environ, **(env or {}), _VARIABLE: path},
         start_new_session=start_new_session,
         pass_fds=pass_fds,

@@ -35,6 +35,11 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
+def default_action(signum: int) -> None:
+    """Undo whatever handler a signal has; from any thread, which ``signal.signal`` does not allow."""
+    _libc.signal(signum, ctypes.c_void_p(0))
+
+
 def end_children() -> None:
     """Kill every child of this process, and what it inherits from them, until none is left."""
     while True:

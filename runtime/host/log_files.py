@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+from ..config import KEEP_LOG_DIRS, log_root
+
 _log = logging.getLogger(__name__)
+
+
+def new_log_directory(root: str, host: str = "") -> str:
+    """Make the directory of one job's files, and remove those of jobs long past.
+
+    Args:
+        root: Where; empty for the default.
+        host: Name of the host, where several may keep theirs in one place.
+    """
+    base = Path(root) if root else log_root()
+    if host:
+        base /= re.sub(r"[^A-Za-z0-9_.-]+", "_", host)
+    base.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    path = tempfile.mkdtemp(prefix=f"{stamp}-{os.getpid()}-", dir=base)
+    _remove_old(base)
+    return path
+
+
+def _remove_old(base: Path) -> None:
+    """Remove the oldest directories; those in which nothing was written do not count."""
+    jobs = sorted((entry for entry in base.iterdir() if _STAMP.match(entry.name)), key=_age)
+    written = [entry for entry in jobs if _holds_files(entry)]
+    for old in written[:-KEEP_LOG_DIRS]:
+        shutil.rmtree(old, ignore_errors=True)
+    for empty in [entry for entry in jobs[:-KEEP_LOG_DIRS] if entry not in written]:
+        # Refused where something has been written meanwhile.
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+
+
+def _holds_files(entry: Path) -> bool:
+    try:
+        return any(entry.iterdir())
+    except OSError:
+        return False
+
+
+def _age(entry: Path) -> float:
+    try:
+        return entry.stat().st_mtime
+    except OSError:
+        # Another job is removing it.
+        return 0.0
+
+
+_STAMP = re.compile(r"[0-9]{8}-[0-9]{6}-")
 
 
 class LogFiles:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from ..address import mesh_of, rank_of
+from ..address import agent_of, file_name, host_of, mesh_of, per_host_of, rank_of, slots_of
+from ..workspace.paths import map_sys_path, path_map
+from ..workspace.preloads import preload_key
 from .devices import DeviceLeases, device_env, read_gpus, usable_devices
 from .proc_table import MeshInfo
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .devices import Device
+
+_THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 MAX_SPARE_LOSSES: Final = 3
 """Spares of one mesh that may end by themselves before no more are started."""
@@ -25,10 +30,13 @@ class Orders:
     Args:
         directory: The job's private directory.
         host: Name of this host.
+        slot: Of this host in the job.
     """
 
-    def __init__(self, directory: str, host: str) -> None:
-        self._directory, self._host = directory, host
+    def __init__(self, directory: str, host: str, slot: int = 0) -> None:
+        self._directory, self._host, self._slot = directory, host, slot
+        self.host_address = "127.0.0.1"
+        """Where processes of other hosts reach those of this one."""
         self._orders: dict[str, dict[str, Any]] = {}
         self._spare_losses: dict[str, int] = {}
         self._leases: DeviceLeases | None = None
@@ -51,8 +59,15 @@ class Orders:
     def info(self, order: dict[str, Any]) -> MeshInfo:
         """What the processes of an order have in common."""
         dims = tuple((label, size) for label, size in order["dims"])
+        owner, slot = order["owner"], host_of(order["owner"])
         return MeshInfo(
-            order["mesh"], order["name"], order["owner"], dims, order["count"], restartable=order["restartable"]
+            order["mesh"],
+            order["name"],
+            owner,
+            dims,
+            order["count"],
+            restartable=order["restartable"],
+            watcher="" if slot == self._slot else agent_of(slot),
         )
 
     def common(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -60,9 +75,26 @@ class Orders:
         return {
             "directory": self._directory,
             "host": self._host,
+            "host_address": self.host_address,
             "size": order["count"],
             "boot_file": order["boot_file"],
+            "sys_path": self.sys_path(order),
+            "path_map": self._path_map(order),
+            "workspaces": order["workspaces"],
         }
+
+    def sys_path(self, order: dict[str, Any]) -> list[str]:
+        """Where the processes of an order look for modules on this host."""
+        is_near = host_of(order["owner"]) == self._slot
+        return map_sys_path(order["sys_path"], self._path_map(order), own=None if is_near else sys.path)
+
+    def zygote_key(self, order: dict[str, Any]) -> str:
+        """The zygote that has preloaded what an order asks for, as it is on this host now."""
+        tops = self._path_map(order).values()
+        return preload_key(order["zygote"], order["preload"], self.sys_path(order), tops)
+
+    def _path_map(self, order: dict[str, Any]) -> dict[str, str]:
+        return path_map(order["workspaces"], host=self._host, slot=self._slot)
 
     def request(self, order: dict[str, Any], proc: str) -> dict[str, Any]:
         """What a process is told of itself; a spare gets what depends on its rank once it has one.
@@ -70,18 +102,32 @@ class Orders:
         Raises:
             OSError, ValueError: There are not as many GPUs as were ordered, or they cannot be asked.
         """
-        rank = rank_of(proc)
-        request = {"proc": proc, "path": f"{self._directory}/{proc}", "env": order["env"]}
+        rank, count = rank_of(proc), self._count_here(order)
+        threads = str(max(1, (os.cpu_count() or 1) // max(count, 1)))
+        env = {**dict.fromkeys(_THREAD_VARIABLES, threads), **order["env"]}
+        request = {"proc": proc, "path": f"{self._directory}/{file_name(proc)}", "env": env}
         if rank >= order["count"]:
             return {**request, "cpus": None, "mem_nodes": None}
+        place = rank % max(count, 1)
         return {
             **request,
-            "env": {**order["env"], **self._device_env(order, rank)},
-            "cpus": order["cpus"][rank] if order["cpus"] else None,
-            "mem_nodes": order["mem_nodes"][rank] if order["mem_nodes"] else None,
+            "env": {**env, **self._device_env(order, place, count)},
+            "cpus": order["cpus"][place] if order["cpus"] else None,
+            "mem_nodes": order["mem_nodes"][place] if order["mem_nodes"] else None,
         }
 
-    def _device_env(self, order: dict[str, Any], rank: int) -> dict[str, str]:
+    def _count_here(self, order: dict[str, Any]) -> int:
+        """How many ranks of a mesh this host has."""
+        return per_host_of(order["mesh"]) or order["count"]
+
+    def spares(self, order: dict[str, Any], num_spares: int) -> list[str]:
+        """Addresses of this host's spares of a mesh."""
+        mesh = order["mesh"]
+        slots = slots_of(mesh)
+        first = order["count"] + slots.index(self._slot)
+        return [f"{mesh}.{first + index * len(slots)}" for index in range(num_spares)]
+
+    def _device_env(self, order: dict[str, Any], place: int, count: int) -> dict[str, str]:
         mesh = order["mesh"]
         if order["gpus"] == "none":
             return {"CUDA_VISIBLE_DEVICES": ""}
@@ -92,8 +138,8 @@ class Orders:
             return {}
         if mesh not in self._device_indices:
             is_shared = order["gpus"] == "shared"
-            self._device_indices[mesh] = self._leases.acquire(mesh, order["count"], share_gpus=is_shared)
-        return device_env(self._device_indices[mesh][rank], self._devices)
+            self._device_indices[mesh] = self._leases.acquire(mesh, count, share_gpus=is_shared)
+        return device_env(self._device_indices[mesh][place], self._devices)
 
     def may_replace_spare(self, proc: str) -> bool:
         """A spare has ended by itself; return whether to start another."""
@@ -103,7 +149,8 @@ class Orders:
 
     def on_owner_lost(self, proc: str) -> None:
         """A process has died: remove what it wrote for meshes that it did not come to order."""
-        self._remove(lambda name: name.endswith(f".boot@{proc}"))
+        ending = f".boot@{file_name(proc)}"
+        self._remove(lambda name: name.endswith(ending))
 
     def _remove(self, is_left: Callable[[str], bool]) -> None:
         for name in filter(is_left, os.listdir(self._directory)):
@@ -117,8 +164,10 @@ class Orders:
 
     def on_empty(self, mesh: str) -> None:
         """There are no processes of ``mesh``: free what they shared, and remove what they left."""
-        is_wanted = mesh in self._orders
-        self._remove(lambda name: name.startswith(f"{mesh}.") and not (is_wanted and name.startswith(f"{mesh}.boot@")))
+        is_wanted, short = mesh in self._orders, file_name(mesh)
+        self._remove(
+            lambda name: name.startswith(f"{short}.") and not (is_wanted and name.startswith(f"{short}.boot@"))
+        )
         if self._leases is not None:
             self._leases.release(mesh)
             self._device_indices.pop(mesh, None)

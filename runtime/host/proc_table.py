@@ -95,6 +95,7 @@ class MeshInfo:
         dims: Its dimensions, as (label, size).
         size: Number of its ranks; processes of a higher rank are spares.
         restartable: Whether a rank that has ended may be started again unasked.
+        watcher: Who hears of its processes in the owner's place: the agent of the host that it is on.
     """
 
     mesh: str
@@ -103,6 +104,7 @@ class MeshInfo:
     dims: tuple[tuple[str, int], ...]
     size: int
     restartable: bool = False
+    watcher: str = ""
 
 
 @dataclass(slots=True)
@@ -166,7 +168,7 @@ class ProcTable:
                 continue
             record = self.procs.get(proc)
             if record is None:
-                record = self.procs[proc] = Proc(proc, info, watchers={info.owner})
+                record = self.procs[proc] = Proc(proc, info, watchers={info.watcher or info.owner})
                 commands += self._fill_hole(record)
             record.info, record.state = info, ProcState.STARTING
             record.watchers |= self._early_watchers.pop(proc, set())

@@ -33,9 +33,10 @@ from ..overdue import OverdueNotes
 from ..proc import ROOT, LocalProc
 from ..runner import ActorRunner
 from ..testing import armed as faults
+from ..workspace.paths import inherit, map_path
 from .boot import read_boot_file
 from .cpus import Binding, apply_binding
-from .kernel import set_process_name
+from .kernel import default_action, set_process_name
 from .oom import be_likelier
 from .stacks import arm, stacks_file
 
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 STOP_LIMIT_S: Final = 3.5
 """Time that all actors of a proc together have for their cleanup."""
+
+TOLD_WITHIN_S: Final = 0.5
+"""Time for the agent to say that its host is taken away, when this process has had a SIGTERM."""
 
 _log = logging.getLogger("danaus")
 
@@ -72,6 +76,7 @@ def run_worker(request: dict[str, Any], out: int, err: int, agent: int) -> None:
         request["proc"], directory=request["directory"], path=request["path"], host=request["host"]
     )  # fmt: skip
     local.mesh_size = request["size"]
+    local.host_address = request["host_address"]
     set_local_proc(local)
     worker = Worker(local, request)
     worker.run()
@@ -104,10 +109,12 @@ class Worker:
         local.on_event["ping"] = lambda fields: local.request("pong", fields)
         local.on_event["log_level"] = lambda fields: logging.getLogger().setLevel(fields["level"])
         local.when_ready = self._when_ready
+        self._is_ending = False
 
     def run(self) -> None:
         """Live until stopped; then exit the process."""
         local = self._local
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         local.start(os.path.join(local.directory, AGENT))
         local.request("up", {"proc": local.proc_id, "path": self._request["path"], "pid": local.pid})
         if not self._bootstrap():
@@ -136,10 +143,12 @@ class Worker:
         local = self._local
         try:
             boot = read_boot_file(self._request["boot_file"])
-            sys.path[:] = boot.sys_path
-            sys.argv[:] = [boot.argv0]
+            mapped = self._request["path_map"]
+            inherit(local, self._request["workspaces"], mapped)
+            sys.path[:] = self._request["sys_path"]
+            sys.argv[:] = [map_path(boot.argv0, mapped)]
             with contextlib.suppress(OSError):
-                os.chdir(boot.directory)
+                os.chdir(map_path(boot.directory, mapped))
             for module in self._request["imports"]:
                 __import__(module)
             set_torch_threads()
@@ -198,8 +207,17 @@ class Worker:
         if self._is_ready:
             self._tell_ready()
 
+    def _on_sigterm(self, signum: int, _frame: object) -> None:
+        """Some schedulers signal every process of a job at once: what is to drain is not to end by that."""
+        if os.getpid() != self._local.pid:
+            # A process that was forked from this one.
+            _end_by(signum)
+        if not self._is_ending:
+            self._local.run_at(time.monotonic() + TOLD_WITHIN_S, lambda: self._is_ending or _end_by(signum))
+
     def _on_drain(self, fields: dict[str, Any]) -> None:
         """The host is about to be taken away: call the actors' ``__drain__``, and say when all have returned."""
+        self._is_ending = True
         runners = [runner for runner in self._local.actors.values() if runner.has_hook("__drain__")]
         waiting = {runner.key for runner in runners}
 
@@ -243,10 +261,17 @@ class Worker:
         runner.run()
 
     def _on_stop(self, fields: dict[str, Any]) -> None:
+        self._is_ending = True
         why = fields["failure"] and unpack_failure(fields["failure"])
         for runner in reversed(list(self._local.actors.values())):
             runner.request_stop(why)
         self._jobs.put(None)
+
+
+def _end_by(signum: int) -> None:
+    """End this process as if it had no handler for a signal (any thread)."""
+    default_action(signum)
+    os.kill(os.getpid(), signum)
 
 
 def _run_soon(local: LocalProc, done: Callable[[], None], _outcome: bool | None) -> None:
@@ -271,7 +296,6 @@ def _take_stdio(out: int, err: int) -> None:
     # New objects: those of the zygote may have been closed or wrapped by what it imported.
     sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115  lives as long as the process
     sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115  lives as long as the process
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable(file=2)
     handler = logging.StreamHandler(sys.stderr)

@@ -29,6 +29,7 @@ class _Zygote:
     def __init__(self, key: str, sock: socket.socket) -> None:
         self.key, self.sock = key, sock
         self.is_second = False
+        self.pid: int | None = None
         self.pending: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int]]] = {}
 
 
@@ -70,6 +71,7 @@ class Zygotes:
     ) -> None:
         """Fork ``procs`` from the zygote ``key``, making it if need be. Returns at once; takes over ``outputs``."""
         self._modules[key] = modules
+        self._retire(key, modules, env, sys_path)
         if key in self._unforkable:
             key = _SEED
         else:
@@ -77,6 +79,38 @@ class Zygotes:
         zygote = self._zygotes.get(key) or self._make(key, modules, env, sys_path)
         imports = [] if zygote.key != _SEED else list(modules)
         self._fork(zygote, {**common, "imports": imports}, procs, outputs)
+
+    def _retire(self, key: str, modules: Sequence[str], env: dict[str, str], sys_path: list[str]) -> None:
+        """End the zygote that has preloaded these modules as they were before they changed."""
+        for old in [each for each in self._made_with if each not in {key, _SEED}]:
+            made_with = self._made_with[old]
+            zygote = self._zygotes.get(old)
+            is_same = (list(made_with[0]), *made_with[1:]) == (list(modules), env, sys_path)
+            if not is_same or (zygote is not None and zygote.pending):
+                continue
+            del self._made_with[old]
+            self._modules.pop(old, None)
+            self._unforkable.discard(old)
+            if zygote is not None:
+                self._drop(zygote)
+                self._reap(zygote.pid)
+
+    def _reap(self, pid: int | None) -> None:
+        """Take the exit status of a zygote that is to end; any other child's is taken as it ends, or with the agent."""
+        if pid is None:
+            return
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+
+        def on_exit() -> None:
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+            self._unwatch(pidfd)
+            os.close(pidfd)
+
+        self._watch(pidfd, on_exit)
 
     def on_up(self, proc: str, pid: int) -> None:
         """A process says that it runs, which may come before its zygote's word, or in place of it."""
@@ -153,6 +187,10 @@ class Zygotes:
             zygote.is_second = False
             for proc, pid in message["started"]:
                 self._take_started(zygote, proc, pid)
+        elif "zygote" in message:
+            made = self._zygotes.get(message["zygote"])
+            if made is not None:
+                made.pid = message["pid"]
         elif "failed" in message:
             self._fail(
                 zygote, f"preloading {message['module']!r} failed; mend its import or leave it out", message["failed"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
+from ..address import host_of
 from ..interrupts import InterruptsHeld
 from . import wire
 from .credits import CreditAccount
@@ -129,6 +130,16 @@ class Link:
             self._send_raw(data)
         return False
 
+    def carry(self, frames: Sequence[Any]) -> None:
+        """Pass on a whole message that another process has sent."""
+        with self.lock:
+            socket = self._socket
+            if socket is not None:
+                self._flush(socket)
+                socket.send_multipart(frames, copy=False)
+            elif not self._closed:
+                self._held.append(list(frames))
+
     def forward_to(self, other: Link) -> None:
         """Nothing was sent over this link: what is held, and what is sent from now on, goes over ``other``."""
         with self.lock, other.lock:
@@ -171,11 +182,12 @@ class Link:
 class Lane:
     """The way from one actor here to one actor elsewhere: a link, and the credits of this pair."""
 
-    __slots__ = ("account", "actor", "backlog", "link", "name", "proc", "sender", "wait_id", "waiters")
+    __slots__ = ("account", "actor", "backlog", "host", "link", "name", "proc", "sender", "wait_id", "waiters")
 
     def __init__(self, link: Link, actor: str, sender: str, name: str, bound: int) -> None:
         self.link, self.actor, self.sender, self.name = link, actor, sender, name
         self.proc = link.proc
+        self.host = host_of(link.proc)
         self.account = CreditAccount(bound)
         self.waiters: list[threading.Lock] = []
         self.backlog: deque[tuple[int, bytes, Outgoing]] = deque()

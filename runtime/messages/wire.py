@@ -85,6 +85,9 @@ UNDECORATED: Final = 2
 EXPLICIT_PORT: Final = 4
 """...and it answers on a port of its own."""
 
+JOINED: Final = 8
+"""The reply may wait a moment, on its way, for those of other ranks."""
+
 _NIL: Final = msgpack.packb(None)
 
 pack = msgpack.Packer(autoreset=True).pack
@@ -121,7 +124,7 @@ def unpack(frames: Sequence[Any]) -> Iterator[Envelope]:
         unpacker.feed(_NIL)
         if next(unpacker, _NIL) is not None:
             raise WireError("the last envelope is cut off")
-    except (msgpack.UnpackException, ValueError, TypeError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, MemoryError) as error:
         raise WireError(f"malformed frame: {error}") from error
 
 
@@ -129,7 +132,7 @@ def unpack_one(frame: bytes) -> Envelope | None:
     """Return the only envelope of a frame, or None where the frame needs :func:`unpack`; the fast path."""
     try:
         envelope = msgpack.unpackb(frame, strict_map_key=False)
-    except (msgpack.UnpackException, ValueError, TypeError):
+    except (msgpack.UnpackException, ValueError, TypeError, MemoryError):
         return None
     at = _ATTACHMENT_AT.get(_check(envelope))
     return None if at is not None and type(envelope[at]) is int else envelope

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..address import address, incarnation_of, mesh_of, rank_of
+from ..address import address, incarnation_of, mesh_of, rank_of, slots_of
 from ..failure import FailureKind, MeshFailure, pack_failure, unpack_failure
 from ..host.boot import write_boot_file
 from .actor_supervisor import ActorSupervisor
@@ -168,7 +168,8 @@ class Supervisor(ActorSupervisor):
                 self._give_up(owned, command, failure)
         if starting:
             # The host agent may be another one by now, with a directory of its own.
-            boot_file = write_boot_file(self._local, owned.mesh, owned.boot)
+            is_here = self._local.slot in slots_of(owned.mesh)
+            boot_file = write_boot_file(self._local, owned.mesh, owned.boot) if is_here else ""
             self._local.request("spawn", {**owned.order, "procs": starting, "boot_file": boot_file})
         next_s = owned.tracker.next_check_s()
         if next_s is not None:

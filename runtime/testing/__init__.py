@@ -11,11 +11,35 @@ The tests of this package use it, and yours may. Code names further moments with
 that the seed determines.
 """
 
-from .armed import point
-from .chaos import Chaos, InjectedError
-from .faults import Fault, FaultKind, Where
-from .inject import Fired, Injection, inject
-from .signals import kill, resume, stop
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from ..lazy import late as _late
+
+if _TYPE_CHECKING:
+    from .armed import point
+    from .chaos import Chaos, InjectedError
+    from .faults import Fault, FaultKind, Where
+    from .injecting import Fired, Injection, inject
+    from .signals import kill, resume, stop
+
+# Every process looks at `armed`; what makes faults is for those who do.
+__getattr__ = _late(
+    __name__,
+    {
+        "Chaos": ".chaos",
+        "Fault": ".faults",
+        "FaultKind": ".faults",
+        "Fired": ".injecting",
+        "InjectedError": ".chaos",
+        "Injection": ".injecting",
+        "Where": ".faults",
+        "inject": ".injecting",
+        "kill": ".signals",
+        "point": ".armed",
+        "resume": ".signals",
+        "stop": ".signals",
+    },
+)
 
 __all__ = [
     "Chaos",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -30,6 +31,14 @@ class Saver(Actor):
     def __drain__(self, seconds: float) -> None:
         checkpoint(self.count)
         Path(self.folder, f"drained-{os.getpid()}").write_text(str(seconds))
+
+    @endpoint
+    def pid(self) -> int:
+        return os.getpid()
+
+    @endpoint
+    async def wait(self) -> None:
+        await asyncio.Event().wait()
 
     @endpoint
     def add(self) -> int:
@@ -123,6 +132,32 @@ def test_a_drain_that_never_returns_is_cut_short_at_the_limit(monkeypatch: pytes
         assert retried(lambda: stubborn.pid.options(timeout=LIMIT_S).call_one().get()) != before
 
 
+def test_a_notice_to_every_process_of_the_job_is_one_notice(tmp_path: Path) -> None:
+    with this_host().spawn_procs({"rank": 2}, name="crew", restart=Restart()) as procs:
+        savers = procs.spawn("savers", Saver, str(tmp_path))
+        pids = list(savers.pid.call().get(timeout=LIMIT_S).values())
+        assert counts(savers) == [1, 1]
+
+        # As a scheduler does that knows no tree of processes, and a daemon that passes the signal on.
+        for pid in pids:
+            os.kill(pid, signal.SIGTERM)
+        agent = preempt()
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(LIMIT_S)
+
+        assert retried(lambda: counts(savers)) == [2, 2]
+
+
+def test_a_rank_that_alone_is_told_to_end_ends(tmp_path: Path) -> None:
+    with this_host().spawn_procs({"rank": 1}) as procs:
+        saver = procs.spawn("savers", Saver, str(tmp_path))
+        (pid,) = saver.pid.call().get(timeout=LIMIT_S).values()
+        os.kill(pid, signal.SIGTERM)
+
+        with pytest.raises(SupervisionError, match="SIGTERM"):
+            saver.wait.call_one().get(timeout=LIMIT_S)
+
+
 def test_a_second_notice_ends_the_host_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DANAUS_PREEMPT_S", "600")
     with this_host().spawn_procs({"rank": 1}, name="crew", restart=Restart()) as procs:
@@ -132,7 +167,7 @@ def test_a_second_notice_ends_the_host_at_once(monkeypatch: pytest.MonkeyPatch) 
 
         agent = preempt()
         changes.wait_states("preempted")
-        agent.send_signal(signal.SIGTERM)
+        agent.send_signal(signal.SIGINT)
 
         agent.wait(LIMIT_S)
 

@@ -51,7 +51,7 @@ def test_an_unknown_command_is_answered_with_those_there_are(capsys: pytest.Capt
         cli.main(["brench"])
 
     assert ended.value.code == 2
-    assert "'bench', 'doctor', 'run'" in capsys.readouterr().err
+    assert "'bench', 'doctor', 'host', 'job', 'key', 'run'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

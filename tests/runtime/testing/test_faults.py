@@ -136,7 +136,7 @@ def test_unarmed_point_does_nothing() -> None:
     testing.point("forward", step=1)
 
 
-@pytest.mark.parametrize("name", ["armed", "chaos", "inject"])
+@pytest.mark.parametrize("name", ["armed", "chaos", "injecting"])
 def test_docstring_examples_hold(name: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(f"danaus.runtime.testing.{name}"))
 

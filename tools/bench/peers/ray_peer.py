@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -80,7 +81,7 @@ class Ray:
 
     def open(self) -> None:
         """Start Ray's daemons."""
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
     def close(self) -> None:
         """End them."""

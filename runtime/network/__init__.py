@@ -1,0 +1,1 @@
+"""Many hosts: keys and daemons, the links between agents, what they carry, and the tree that it goes by."""
