@@ -7,18 +7,28 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
+from ..address import host_of
+from ..bulk.reference import unpack
 from .payload import Payload, load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..bulk.state import Bulk
+    from ..proc import LocalProc
     from .segments import SegmentCache, SegmentPool, SegmentRef
 
 SEGMENT_FROM_BYTES: Final = 64 << 10
 """Payloads from this size on go through shared memory."""
 
+LEND_FROM_BYTES: Final = 256 << 10
+"""Payloads for other hosts from this size on are fetched by their receivers, over a stream of their own."""
+
 BODY_APART_BYTES: Final = 32 << 10
 """A pickle from this size on leaves the envelope and travels as the first buffer."""
+
+
+_UNREACHABLE: Final = object()
 
 
 class Outgoing:
@@ -34,8 +44,10 @@ class Outgoing:
 class Attachments:
     """A process's two ends of shared memory: the pool that it sends from, the mappings that it received."""
 
-    def __init__(self, proc: str) -> None:
-        self._proc = proc
+    def __init__(self, proc: str, local: LocalProc | None = None) -> None:
+        self._proc, self._local = proc, local
+        self.bulk: Bulk | None = None
+        """What this process has for transfers, once it has had any."""
         self._pool: SegmentPool | None = None
         self._cache: SegmentCache | None = None
         self._lock = threading.Lock()
@@ -74,11 +86,33 @@ class Attachments:
 
         if not segments_available():
             return None
+        bulk = self._bulk_for(holders, sum(view.nbytes for view in views))
+        if bulk is _UNREACHABLE:
+            return None
         with self._lock:
             if self._pool is None:
                 self._pool = SegmentPool()
         ref = self._pool.copy_in(views, holders=holders)
-        return None if ref is None else Outgoing(body, (self._proc, *ref.pack()))
+        if ref is None:
+            return None
+        if bulk is not None:
+            return Outgoing(body, bulk.lender_of(self._pool).lend(self._proc, bulk.endpoint, ref, holders))
+        return Outgoing(body, (self._proc, *ref.pack()))
+
+    def _bulk_for(self, holders: Sequence[str], size_bytes: int) -> Any:
+        """What lends to holders on other hosts; None where all are on this one."""
+        if self._local is None:
+            return None
+        own = host_of(self._proc)
+        # Names of what is no process begin with "@".
+        if all(holder[0] == "@" or host_of(holder) == own for holder in set(holders)):
+            return None
+        if size_bytes < LEND_FROM_BYTES:
+            return _UNREACHABLE
+        from ..bulk.state import bulk_of
+
+        bulk = bulk_of(self._local)
+        return bulk if bulk.reaches_hosts else _UNREACHABLE
 
     def incoming(self, attachment: Any) -> Incoming | None:
         """Wrap an envelope's attachment; buffers are opened by whoever loads the value."""
@@ -86,13 +120,14 @@ class Attachments:
 
     def open(self, packed: Sequence[Any]) -> list[memoryview]:
         """Map a received segment; its lease goes back when the last view is gone."""
-        from .segments import SegmentCache, SegmentRef
+        from .segments import SegmentCache
 
-        ref = SegmentRef.unpack(packed[1:])
+        reference = unpack(packed)
+        ref = reference.segment
         with self._lock:
             if self._cache is None:
                 self._cache = SegmentCache(self._on_unused)
-            self._owners[ref.pid] = packed[0]
+            self._owners[ref.pid] = reference.owner
             self._num_opened += 1
         try:
             return self._cache.open(ref)
@@ -100,17 +135,41 @@ class Attachments:
             self._on_unused(ref)
             raise
 
+    def is_far(self, packed: Sequence[Any]) -> bool:
+        """Whether the segment lies on another host, so that it has to be fetched."""
+        reference = unpack(packed)
+        return reference.way is not None and host_of(reference.owner) != host_of(self._proc)
+
+    def fetch(self, packed: Sequence[Any]) -> tuple[list[memoryview], bool]:
+        """Pull the bytes of another host's segment; its lease goes back at once.
+
+        Returns:
+            The buffers, and whether their memory is the caller's alone.
+
+        Raises:
+            DanausError: They did not come.
+            OSError: The owner is gone.
+        """
+        from ..bulk.state import bulk_of
+
+        assert self._local is not None
+        reference = unpack(packed)
+        with self._lock:
+            self._num_opened += 1
+        try:
+            return bulk_of(self._local).fetch(reference)
+        finally:
+            self._returns.append((reference.owner, reference.segment.lease_id))
+
     def _on_unused(self, ref: SegmentRef) -> None:
         # Any thread, inside a garbage collection: no lock, only an append.
         self._returns.append((self._owners[ref.pid], ref.lease_id))
 
     def drop(self, packed: Sequence[Any]) -> None:
         """Give back a lease that nobody opened."""
-        from .segments import SegmentRef
-
-        lease_id = SegmentRef.unpack(packed[1:]).lease_id
+        reference = unpack(packed)
         self._num_opened += 1
-        self._returns.append((packed[0], lease_id))
+        self._returns.append((reference.owner, reference.segment.lease_id))
 
     def discard(self, attachment: Any) -> None:
         """Give back what came with an envelope that nobody will load."""
@@ -120,9 +179,7 @@ class Attachments:
     def take_back(self, out: Outgoing, holder: str) -> None:
         """End ``holder``'s lease on a payload that was not sent to it."""
         if self._pool is not None and isinstance(out.attachment, tuple):
-            from .segments import SegmentRef
-
-            self._pool.release(SegmentRef.unpack(out.attachment[1:]).lease_id, holder)
+            self._pool.release(unpack(out.attachment).segment.lease_id, holder)
 
     def take_returns(self) -> dict[str, list[int]]:
         """Leases to give back since the last call, by owner (I/O thread)."""
@@ -160,9 +217,7 @@ class Attachments:
     def lend_again(self, out: Outgoing, holder: str) -> None:
         """Let ``holder`` have, too, what somebody holds already."""
         if self._pool is not None and isinstance(out.attachment, tuple):
-            from .segments import SegmentRef
-
-            self._pool.add_holder(SegmentRef.unpack(out.attachment[1:]).lease_id, holder)
+            self._pool.add_holder(unpack(out.attachment).segment.lease_id, holder)
 
     def on_holder_renamed(self, old: str, new: str) -> None:
         """What was meant for ``old`` goes to ``new`` instead."""
@@ -175,6 +230,8 @@ class Attachments:
 
     def close(self) -> None:
         """Unmap everything."""
+        if self.bulk is not None:
+            self.bulk.close()
         if self._pool is not None:
             self._pool.close()
         if self._cache is not None:
@@ -182,24 +239,32 @@ class Attachments:
 
 
 class Incoming:
-    """A received attachment: frames, or a lease on the sender's segment, returned unopened if the value is dropped."""
+    """A received attachment: frames, or a lease on the sender's segment, returned unopened if the value is dropped.
 
-    __slots__ = ("_attachments", "_content", "_opened")
+    Attributes:
+        is_private: Whether :meth:`buffers` returned memory that belongs to the caller alone.
+    """
+
+    __slots__ = ("_attachments", "_content", "_opened", "is_private")
 
     def __init__(self, attachments: Attachments, content: Any) -> None:
         self._attachments, self._content = attachments, content
-        self._opened = False
+        self._opened = self.is_private = False
 
     @property
     def owner(self) -> str | None:
         """The process whose memory this is a lease on; None for frames."""
-        return self._content[0] if isinstance(self._content[0], str) else None
+        return unpack(self._content).owner if isinstance(self._content[0], str) else None
 
     def buffers(self) -> Sequence[Any]:
         """The buffers, in order. To be called once."""
         self._opened = True
-        is_frames = not isinstance(self._content[0], str)
-        return self._content if is_frames else self._attachments.open(self._content)
+        if not isinstance(self._content[0], str):
+            return self._content
+        if self._attachments.is_far(self._content):
+            buffers, self.is_private = self._attachments.fetch(self._content)
+            return buffers
+        return self._attachments.open(self._content)
 
     def __del__(self) -> None:
         if not self._opened and isinstance(self._content[0], str):
@@ -224,6 +289,7 @@ def load_body(body: bytes | None, incoming: Incoming | None, *, borrow: bool = F
     if incoming is None:
         return load(body or b"")
     buffers = incoming.buffers()
+    borrow = borrow or incoming.is_private
     if body is None:
         return load(buffers[0], buffers[1:], borrow=borrow)
     return load(body, buffers, borrow=borrow)

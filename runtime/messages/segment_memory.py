@@ -113,6 +113,10 @@ class Mapping:
             end = min(start + _CHUNK_BYTES, length)
             self._pages[offset + start : offset + end] = source[start:end]
 
+    def view(self, offset: int, length: int) -> memoryview:
+        """A part of the pages, which whoever reads it has to keep mapped."""
+        return self._pages[offset : offset + length]
+
 
 class Segment:
     """One memfd of the sender, mapped for writing."""

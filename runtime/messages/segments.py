@@ -20,6 +20,7 @@ from ..host.admission import available_memory_bytes
 from .segment_cache import CacheStats, SegmentCache
 from .segment_memory import (
     MIN_SEGMENT_BYTES,
+    Mapping,
     Segment,
     SegmentRef,
     empty_in_children,
@@ -34,6 +35,7 @@ __all__ = [
     "ALIGNMENT_BYTES",
     "MIN_SEGMENT_BYTES",
     "CacheStats",
+    "Lent",
     "PoolStats",
     "SegmentCache",
     "SegmentPool",
@@ -64,6 +66,15 @@ class PoolStats:
     """Copies that found a warm segment."""
     refused: int
     """Copies that found no room: the caller sent inline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """The memory of a lease, for its own process to read."""
+
+    view: memoryview
+    mapping: Mapping
+    """What the view lies in; it does not keep it."""
 
 
 class SegmentPool:
@@ -148,6 +159,20 @@ class SegmentPool:
             if lease is not None:
                 lease.holders[holder] += 1
             return lease is not None
+
+    def lend(self, lease_id: int, size_bytes: int, holder: str) -> Lent | None:
+        """Lease to one more, in this process, who reads the first bytes. Return None where the lease has ended."""
+        with self._lock:
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                return None
+            lease.holders[holder] += 1
+            mapping = lease.segment.mapping
+            return Lent(mapping.view(0, size_bytes), mapping)
+
+    def is_leased(self, lease_id: int) -> bool:
+        """Whether anybody holds the lease."""
+        return lease_id in self._leases
 
     def rename_holder(self, old: str, new: str) -> None:
         """What ``old`` held is held by ``new``."""

@@ -1,0 +1,1 @@
+"""One-sided transfers of large memory between processes: remote buffers, and large arguments between hosts."""
