@@ -4,6 +4,7 @@ from .checkpoints import list_checkpoints, newest_checkpoint, newest_step, read_
 from .corpus import Corpus, find_texts, make_corpus, read_documents
 from .optimizer import OptimizerConfig
 from .replica import Replica, StepMetrics
+from .spmd import SPMDActor, setup_torch_elastic_env
 from .tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
 from .train_config import TrainConfig
 from .trainer import RankInfo, Trainer
@@ -15,6 +16,7 @@ __all__ = [
     "OptimizerConfig",
     "RankInfo",
     "Replica",
+    "SPMDActor",
     "StepMetrics",
     "Tokenizer",
     "TrainConfig",
@@ -26,4 +28,5 @@ __all__ = [
     "newest_step",
     "read_documents",
     "read_manifest",
+    "setup_torch_elastic_env",
 ]

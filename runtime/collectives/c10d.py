@@ -11,6 +11,7 @@ of its own. A group that covers all procs lends it its backends.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -22,14 +23,13 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 from .runtime_store import RuntimeStore
-from .sockets import own_listeners
+from .sockets import numeric, own_listeners
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .sockets import Address
 
-LOOPBACK: Final = "127.0.0.1"
 BOTH: Final = "cpu:gloo,cuda:nccl"
 GLOO_KEYS: Final = "gloo/"
 """What the names of Gloo's keys in a group's store begin with."""
@@ -91,16 +91,31 @@ class Device:
     listener: Address
 
 
-def open_device() -> Device:
-    """Listen for the other members."""
-    with _device_lock:
-        while True:
-            before = own_listeners(LOOPBACK)
-            handle = _Gloo.create_device(hostname=LOOPBACK)
-            new = own_listeners(LOOPBACK) - before
-            # Code of the user's may have begun to listen at the same moment.
-            if len(new) == 1:
-                return Device(handle, new.pop())
+def open_device(host: str) -> Device:
+    """Listen for the other members.
+
+    Args:
+        host: Where those on other hosts reach this one: an IP address or a name. ``GLOO_SOCKET_IFNAME``, which torch's
+            own groups go by, comes before it.
+
+    Raises:
+        RuntimeError: This machine has no such address or interface, or nobody knows the name.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    try:
+        address = None if interface else numeric(host)
+        where = {"interface": interface} if interface else {"hostname": address}
+        with _device_lock:
+            while True:
+                before = own_listeners(address)
+                handle = _Gloo.create_device(**where)
+                new = own_listeners(address) - before
+                # Code of the user's may have begun to listen at the same moment.
+                if len(new) == 1:
+                    return Device(handle, new.pop())
+    except (OSError, RuntimeError) as error:
+        advice = "correct GLOO_SOCKET_IFNAME" if interface else "give its host an address of its own to be reached at"
+        raise RuntimeError(f"Gloo cannot listen on {interface or host!r}: {error}; {advice}") from error
 
 
 def make_group(recipe: Recipe, store: RuntimeStore, device: Device) -> dist.ProcessGroup:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from ..address import host_of
+from ..config import grace_s
 from .sockets import answer_for_missing, cut, tickets_in
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from ..failure import MeshFailure
     from .roll_call import Formed
     from .sockets import Address
+
+NEWS_LIMIT_S: Final = 0.1
+"""How long an error that a lost member explains waits for the news of it, on one host."""
+
+_TOLD_S: Final = 2.0
+"""How long it may take until all hosts have heard that one counts as lost."""
 
 _changed = threading.Condition()
 
@@ -98,6 +106,12 @@ class Generation:
             if key.startswith(GLOO_KEYS) and key.endswith(f"/{self._place}"):
                 return tickets_in(value, len(self.procs))
         return ()
+
+
+def news_limit_s(procs: Iterable[str]) -> float:
+    """Return how long after the connections of a member have broken the news of its loss may come."""
+    is_on_one = len(set(map(host_of, procs))) < 2
+    return NEWS_LIMIT_S + (0.0 if is_on_one else grace_s() + _TOLD_S)
 
 
 def wait_broken(generations: Iterable[Generation], timeout_s: float) -> Generation | None:

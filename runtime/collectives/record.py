@@ -19,8 +19,9 @@ from ..calls.replies import gone_error
 from ..errors import ActorError, CallTimeoutError, SupervisionError
 from ..failure import pack_failure
 from ..messages import wire
-from .generation import Generation, wait_broken
+from .generation import Generation, news_limit_s, wait_broken
 from .roll_call import Membership, NotFormed
+from .sockets import unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from .roll_call import Formed
 
 _log = logging.getLogger("danaus")
-
-CAUSE_LIMIT_S: Final = 0.1
-"""How long an error that a lost member explains waits for the news of it."""
-
 
 CONNECT_LIMIT_S: Final = 10.0
 """Least time to connect once all members are there, however little is left of the limit that was asked for."""
@@ -120,13 +117,9 @@ class GroupRecord:
         self._withdraw()
         self._leave()
         if self._device is None:
-            self._device = c10d.open_device()
+            self._device = c10d.open_device(self.local.host_address)
         formed = self._join(deadline_s, timeout_s, idle)
-        hosts = {member.host for member in formed.members}
-        if len(hosts) > 1 and "gloo" in self.backend:
-            raise RuntimeError(
-                f"Gloo groups over several hosts are not part of this version; the members are on {sorted(hosts)}"
-            )
+        self._check_reach(formed)
         connect_by_s = max(deadline_s, time.monotonic() + CONNECT_LIMIT_S)
         generation = self._begin(formed, connect_by_s)
         try:
@@ -135,7 +128,7 @@ class GroupRecord:
             # Its listener may hold connections of those that came to this generation in vain.
             self._device = None
             self._leave()
-            if wait_broken([generation], CAUSE_LIMIT_S) is not None:
+            if wait_broken([generation], news_limit_s(generation.procs)) is not None:
                 if generation.ended_s < connect_by_s:
                     raise _Lost(generation.reason) from error
                 raise TimeoutError(f"{line.label}: the members did not connect within {timeout_s:g} s") from error
@@ -143,6 +136,18 @@ class GroupRecord:
             self.break_up(None, f"{line.member(self.place)} could not connect")
             raise RuntimeError(f"{line.label}: its members could not connect: {error}") from error
         c10d.lend_to_default(self.group)
+
+    def _check_reach(self, formed: Formed) -> None:
+        """Refuse what would only time out; all members come to the same answer."""
+        members = [member for member in formed.members if member.listener is not None]
+        places = unreachable([member.listener for member in members if member.listener is not None])
+        if places and "gloo" in self.backend:
+            hosts = ", ".join(sorted({f"{members[place].host!r}" for place in places}))
+            raise RuntimeError(
+                f"{self.line.label}: members on {hosts} listen on a loopback address, which other hosts cannot reach; "
+                "start these hosts with an address that the others know (danaus host --advertise ADDRESS), or set "
+                "GLOO_SOCKET_IFNAME"
+            )
 
     def _begin(self, formed: Formed, connect_by_s: float) -> Generation:
         from . import c10d

@@ -10,9 +10,11 @@ All of this works on copies of the descriptors, so one that is closed or used ag
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 import struct
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,15 +24,37 @@ Address = tuple[str, int]
 """Host and port of one end of a connection."""
 
 
-def own_listeners(host: str) -> set[Address]:
-    """Return the addresses on ``host`` that this process listens on."""
+@lru_cache(maxsize=64)
+def numeric(host: str) -> str:
+    """Return the IP address of a host, which is asked for once, and only where ``host`` is a name.
+
+    Raises:
+        OSError: Nobody knows the name.
+    """
+    try:
+        return str(ipaddress.ip_address(host))
+    except ValueError:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def own_listeners(host: str | None) -> set[Address]:
+    """Return the addresses that this process listens on: those on ``host``, an IP address, or all of them."""
     found: set[Address] = set()
     for each in _own_sockets():
         if each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             name = each.getsockname()[:2]
-            if name[0] == host:
+            if host is None or name[0] == host:
                 found.add(name)
     return found
+
+
+def unreachable(listeners: Sequence[Address]) -> list[int]:
+    """Return which of a group's members listen on their own host's loopback, though others listen elsewhere.
+
+    Where all of them do, all are on one machine.
+    """
+    loops = [ipaddress.ip_address(host.partition("%")[0]).is_loopback for host, _ in listeners]
+    return [] if all(loops) else [place for place, loop in enumerate(loops) if loop]
 
 
 def cut(listeners: Collection[Address]) -> int:

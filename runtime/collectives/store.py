@@ -223,7 +223,8 @@ class StoreActor(Actor):
     def _space(self, name: str) -> Space:
         space = self._spaces.get(name)
         if space is None:
-            _, at, proc = name.partition("@")
+            # Before it stands a name of the user's, which may hold anything.
+            _, at, proc = name.rpartition("#")[2].partition("@")
             if at and proc != self._proc.proc_id:
                 raise RuntimeError(f"the group has ended, because {proc}, where its store was, is gone")
             space = self._spaces[name] = Space()
