@@ -102,6 +102,21 @@ def plain_bulk() -> bool:
     return os.environ.get("DANAUS_PLAIN_BULK", "").strip().lower() in {"1", "true", "yes"}
 
 
+def bulk_ports() -> range:
+    """Ports that direct streams between hosts are served on, ``DANAUS_BULK_PORTS`` as in ``40000-40999``; else any.
+
+    Raises:
+        ValueError: It is no such range.
+    """
+    text = os.environ.get("DANAUS_BULK_PORTS", "").strip()
+    first, _, last = text.partition("-")
+    if not text:
+        return range(1)
+    if not (first.isdigit() and last.isdigit() and 0 < int(first) <= int(last) < 1 << 16):
+        raise ValueError(f"DANAUS_BULK_PORTS={text}: expected two ports, as in 40000-40999; each process takes one")
+    return range(int(first), int(last) + 1)
+
+
 def use_nixl() -> bool:
     """Whether remote buffers of other hosts are reached by NIXL, which does not encrypt: ``DANAUS_NIXL``."""
     return os.environ.get("DANAUS_NIXL", "").strip().lower() in {"1", "true", "yes"}

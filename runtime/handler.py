@@ -273,8 +273,9 @@ class CallHandler:
     def _reply(self, envelope: wire.Envelope, status: int, value: Any) -> bool:
         """Send a value; return False where an error went in its place."""
         proc, sender = self._proc, envelope[3]
+        is_partial = len(envelope) > 11
         try:
-            out = proc.snapshot(dump_value(value), [sender])
+            out = proc.snapshot(dump_value(value), [envelope[11][0] if is_partial else sender])
         except Exception as error:  # noqa: BLE001  told to whoever waits, or the last thing on this thread
             self.reply_error(envelope, error)
             return False
@@ -282,6 +283,9 @@ class CallHandler:
         waiting = self._queue.qsize()
         if proc.attachments.has_returns:
             proc.return_leases(before_reply_to=sender)
+        if is_partial:
+            proc.contribute(envelope, out)
+            return True
         joined = bool(envelope[8] & wire.JOINED)
         proc.reply(sender, envelope[5], envelope[6], status, out, load=waiting, lazy=waiting > 0, joined=joined)
         return True

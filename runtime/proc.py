@@ -30,6 +30,7 @@ from .messages.payload import Payload, dump
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from .calls.partials import Partials
     from .messages.attachment import Incoming
     from .network.attach import AttachedHosts
     from .runner import ActorRunner
@@ -55,8 +56,8 @@ _log = logging.getLogger("danaus")
 class Sink(Protocol):
     """Where replies to one port go. Called by the I/O thread: short, and never user code."""
 
-    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None, /) -> bool:
-        """Take one reply; return True when no more will come."""
+    def on_reply(self, slot: Any, status: int, body: bytes | None, incoming: Incoming | None, /) -> bool:
+        """Take one reply, or one for several slots that a host has joined; return True when no more will come."""
         ...
 
     def on_gone(self, proc: str, failure: MeshFailure, /) -> bool:
@@ -74,13 +75,17 @@ class LocalProc:
         host: Host name, for reports.
     """
 
+    hosts: AttachedHosts | None = None
+    """Those that the controller has attached to."""
+    partials: Partials | None = None
+    """Values that this process joins for callers elsewhere."""
+
     def __init__(self, proc_id: str, *, directory: str, path: str | None, host: str) -> None:
         self.proc_id, self.directory, self.host = proc_id, directory, host
         self.pid = os.getpid()
         self.slot, self.mesh_size = host_of(proc_id), 1
         self.host_address = "127.0.0.1"
         """Where processes of other hosts reach this one."""
-        self.hosts: AttachedHosts | None = None
         self.context: zmq.Context[Any] = zmq.Context()
         self.links: dict[str, Link] = {}
         self.lanes: dict[tuple[str, str, str], Lane] = {}
@@ -95,6 +100,7 @@ class LocalProc:
             "up": self._on_up,
             "died": self._on_died,
             "replaced": lambda fields: self._on_filled(fields["proc"], fields["next"]),
+            "host_address": lambda fields: setattr(self, "host_address", fields["address"]),
         }
         self.on_spawn: Callable[[wire.Envelope], None] = self._refuse_spawn
         self.on_unknown_actor: Callable[[str], bool] = lambda _actor: False
@@ -210,7 +216,7 @@ class LocalProc:
         self,
         proc: str,
         port: int,
-        slot: int,
+        slot: int | list[int],
         status: int,
         out: Outgoing,
         *,
@@ -338,6 +344,9 @@ class LocalProc:
     def _dispatch(self, envelope: wire.Envelope) -> None:
         kind = envelope[0]
         if kind == wire.CALL:
+            if type(envelope[6]) is list:
+                slot, *elected = envelope[6]
+                envelope[6:7], envelope[11:] = [slot], [elected]
             runner = self.actors.get(envelope[1])
             if runner is not None:
                 runner.put(envelope)
@@ -378,6 +387,24 @@ class LocalProc:
         self.link(runner.owner)
         for envelope in self._early.pop(key, ()):
             runner.put(envelope)
+
+    def _on_cancel(self, envelope: wire.Envelope) -> None:
+        if self.partials is not None:
+            self.partials.drop(envelope[2], envelope[3])
+        self._to_actor(envelope)
+
+    def contribute(self, envelope: wire.Envelope, out: Outgoing) -> None:
+        """Hand an endpoint's value to the process that joins those of this host."""
+        elected, count, operation = envelope[11]
+        head = [wire.PARTIAL, envelope[3], envelope[5], envelope[6], count, operation]
+        self.link(elected).send(wire.pack([*head, out.body, out.attachment]), out.frames)
+
+    def _on_partial(self, envelope: wire.Envelope) -> None:
+        if self.partials is None:
+            from .calls.partials import Partials
+
+            self.partials = Partials(self)
+        self.partials.on_value(envelope)
 
     def _to_actor(self, envelope: wire.Envelope) -> None:
         runner = self.actors.get(envelope[1])
@@ -511,6 +538,8 @@ class LocalProc:
                 self.supervisor.on_told(failure)
         for runner in list(self.actors.values()):
             runner.on_caller_gone(proc)
+        if self.partials is not None:
+            self.partials.drop(proc)
         self.attachments.on_proc_gone(proc)
         for callback in list(self.on_gone):
             callback(proc, failure)
@@ -568,13 +597,14 @@ class LocalProc:
         wire.SPAWN: _on_spawn,
         wire.STOP: _to_actor,
         wire.PING: _to_actor,
-        wire.CANCEL: _to_actor,
+        wire.CANCEL: _on_cancel,
         wire.MORE: _to_actor,
         wire.CREDIT: _on_credit,
         wire.PROBE: _on_probe,
         wire.WAITS: _on_waits,
         wire.LEASE: _on_lease,
         wire.EVENT: _on_event,
+        wire.PARTIAL: _on_partial,
     }
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 from typing import TYPE_CHECKING, Final
@@ -24,7 +25,11 @@ _MAX_KEY_BYTES: Final = 4096
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serve as a host until a signal or a controller ends it; return 1 if it could not start, after saying why."""
+    """Serve as a host until a signal or a controller ends it; return 1 if it could not start, after saying why.
+
+    Returns:
+        143 where SIGTERM has ended it, else 0.
+    """
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="danaus host: %(message)s")
     with contextlib.ExitStack() as stack:
@@ -42,7 +47,8 @@ def main(arguments: Sequence[str]) -> int:
         with contextlib.suppress(OSError):
             print(f"danaus host: {options.name} listens on {daemon.endpoint}", flush=True)
         daemon.run()
-    return 0
+        # As any program that SIGTERM has ended: to a scheduler 0 means that nothing is left to do.
+        return 128 + signal.SIGTERM if daemon.ended_by == signal.SIGTERM else 0
 
 
 def _make_daemon(options: argparse.Namespace) -> Daemon:

@@ -125,8 +125,12 @@ class _Adverbs(Caller):
             return LockstepStream(self._mesh.extent, [self._part(slot, args, kwargs) for slot in range(len(lanes))])
         finish = reducer(options.reduce)
         gather = Gather(
-            self._new_call(proc, lanes), self._mesh._region, on_error=options.on_error, finish=finish
-        )  # fmt: skip
+            self._new_call(proc, lanes),
+            self._mesh._region,
+            on_error=options.on_error,
+            finish=finish,
+            reduce=options.reduce,
+        )
         if not lanes:
             gather.future._resolve(gather._collect)
             return gather.future

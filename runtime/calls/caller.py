@@ -131,7 +131,10 @@ class Caller:
         sent: set[int] = set()
         if call.slot_sizes is None and len(lanes) > 1:
             before = (wire.CALL, lanes[0].actor, self._spec.name, proc.proc_id, sender, port)
-            sent = cast(proc, lanes, before, after, outs[0], port if isinstance(sink, Gather) else 0)
+            is_gather = isinstance(sink, Gather)
+            reduce = dump(sink.reduce).body if is_gather and sink.reduce is not None and call.implied_credit else b""
+            # One that is asked again answers for itself.
+            sent = cast(proc, lanes, before, after, outs[0], port if is_gather else 0, b"" if call.retry else reduce)
         for slot, (lane, out) in enumerate(zip(lanes, outs, strict=True)):
             if slot in sent:
                 continue

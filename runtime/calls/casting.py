@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 
 
 def cast(
-    proc: LocalProc, lanes: Sequence[Lane], before: Sequence[Any], after: Sequence[Any], out: Outgoing, joined: int
+    proc: LocalProc,
+    lanes: Sequence[Lane],
+    before: Sequence[Any],
+    after: Sequence[Any],
+    out: Outgoing,
+    joined: int,
+    reduce: bytes = b"",
 ) -> set[int]:
     """Send a call to those of ``lanes`` that lead to other hosts and have room; return their slots.
 
@@ -27,6 +33,7 @@ def cast(
         after: Those behind it, up to the body.
         out: The arguments.
         joined: Port whose replies may be joined on their way; 0 for none.
+        reduce: The packed operation by which hosts join their ranks' values; empty for none.
     """
     sent: set[int] = set()
     if not any(isinstance(lane.link, FarLink) for lane in lanes):
@@ -45,7 +52,7 @@ def cast(
         # Laid end to end, with the slot between them, they are one envelope of eleven fields.
         head = b"\x9b" + b"".join(map(wire.pack, before))
         tail = b"".join(map(wire.pack, (after[0], flags, out.body, out.attachment)))
-        meta = wire.pack([CAST, shares, proc.proc_id, joined])
+        meta = wire.pack([CAST, shares, proc.proc_id, joined, reduce])
         proc.gate.send_locked(meta, [head, tail, *out.frames])
     return sent
 

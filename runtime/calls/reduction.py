@@ -7,7 +7,7 @@ import operator
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from .value_mesh import ValueMesh
 
@@ -61,15 +61,33 @@ def reducer(operation: str | Callable[[Any, Any], Any] | None) -> Callable[[Valu
     """
     if operation is None:
         return lambda values: values
+    join = joiner(operation)
     if operation == "mean":
-        return lambda values: _fold(operator.add, values) / len(values)
+        return lambda values: _fold(join, values) / len(values)
+    return functools.partial(_fold, join)
+
+
+def joiner(operation: str | Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return the function of two values that an operation repeats: for "mean" it adds.
+
+    Raises:
+        ValueError: No operation has that name.
+    """
     if callable(operation):
-        return functools.partial(_fold, operation)
+        return operation
+    if operation == "mean":
+        return operator.add
     if operation not in _NAMED:
         raise ValueError(
             f"reduce={operation!r}: expected one of {', '.join([*_NAMED, 'mean'])}, or a function of two values"
         )
-    return functools.partial(_fold, _NAMED[operation])
+    return _NAMED[operation]
+
+
+def join_partials(operation: str | Callable[[Any, Any], Any], partials: Sequence[Any], count: int) -> Any:
+    """Join what hosts have joined of ``count`` values, in rank order."""
+    total = functools.reduce(joiner(operation), partials)
+    return total / count if operation == "mean" else total
 
 
 def _fold(operation: Callable[[Any, Any], Any], values: ValueMesh[Any]) -> Any:

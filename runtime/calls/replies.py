@@ -15,6 +15,7 @@ from ..failure import FailureKind, MeshFailure, unpack_failure
 from ..messages import wire
 from ..messages.attachment import Incoming, load_body
 from .future import Future
+from .reduction import join_partials
 from .value_mesh import ValueMesh
 
 if TYPE_CHECKING:
@@ -188,17 +189,28 @@ class Gather:
         region: Shape of the result.
         on_error: ``"first"`` fails on the first error or death; ``"all"`` collects each rank's outcome, errors too.
         finish: Turns the ValueMesh into the result, on the asker's thread.
+        reduce: The operation that hosts may carry out on the values of their ranks.
     """
 
-    def __init__(self, call: Call, region: Region, *, on_error: str, finish: Callable[[ValueMesh[Any]], Any]) -> None:
-        self.call, self.region, self.finish = call, region, finish
+    def __init__(
+        self,
+        call: Call,
+        region: Region,
+        *,
+        on_error: str,
+        finish: Callable[[ValueMesh[Any]], Any],
+        reduce: Any = None,
+    ) -> None:
+        self.call, self.region, self.finish, self.reduce = call, region, finish, reduce
         self.fails_fast = on_error == "first"
         self.future: Future[Any] = _GatherFuture(self)
         self.loads: list[Callable[[], Any] | None] = [None] * len(call.lanes)
         self.missing = len(call.lanes)
 
-    def on_reply(self, slot: int, status: int, body: bytes | None, incoming: Incoming | None) -> bool:
-        """Take one rank's reply (I/O thread)."""
+    def on_reply(self, slot: int | list[int], status: int, body: bytes | None, incoming: Incoming | None) -> bool:
+        """Take one rank's reply, or the joined values of several ranks of a host (I/O thread)."""
+        if isinstance(slot, list):
+            return self._take_joined(slot, partial(load_reply, self.call.endpoint, status, body, incoming))
         if self.loads[slot] is not None:
             return False
         retry = self.call.retry
@@ -206,6 +218,14 @@ class Gather:
             return False
         self.call.on_answered(slot)
         return self._take(slot, partial(load_reply, self.call.endpoint, status, body, incoming), status == wire.OK)
+
+    def _take_joined(self, slots: list[int], load: Callable[[], Any]) -> bool:
+        waiting = sorted(slot for slot in slots if self.loads[slot] is None)
+        for slot in waiting:
+            self.call.on_answered(slot)
+            self.loads[slot] = _covered
+        self.missing -= len(waiting) - 1
+        return bool(waiting) and self._take(waiting[0], load, True)
 
     def on_gone(self, proc: str, failure: MeshFailure) -> bool:
         """Fail what the dead process owed (I/O thread)."""
@@ -233,6 +253,8 @@ class Gather:
 
     def _collect(self) -> Any:
         loads = [load for load in self.loads if load is not None]
+        if _covered in loads:
+            return join_partials(self.reduce, [load() for load in loads if load is not _covered], len(loads))
         if not self.fails_fast:
             loads = [partial(_outcome, load) for load in loads]
         return self.finish(ValueMesh._lazy(self.region, loads))
@@ -283,6 +305,10 @@ def ask_all(
     if timeout_s is not None:
         proc.run_at(time.monotonic() + timeout_s, partial(gather.on_timeout, timeout_s))
     return gather.future
+
+
+def _covered() -> None:
+    """Stands for a rank whose value is in the one that its host has joined."""
 
 
 def _nothing(_values: object = None) -> None:

@@ -37,7 +37,8 @@ from ..address import (
 from ..config import GRACE_AFTER_ERROR_S, preempt_s, stuck_s
 from ..failure import FailureKind, pack_failure, unpack_failure
 from ..messages import wire
-from ..messages.link import MULTIPART, Link
+from ..messages.frames import received
+from ..messages.link import Link
 from .agent_network import AgentNetwork
 from .kept import Kept
 from .log_files import LogFiles
@@ -165,17 +166,11 @@ class Agent:
         return -1 if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1)
 
     def _receive(self) -> None:
-        for _ in range(256):
+        for frames in received(self._pull, 256):
             try:
-                frame = self._pull.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            try:
-                if frame[:1] == MULTIPART:
-                    while self._pull.rcvmore:
-                        self._pull.recv()
+                if len(frames) > 1:
                     raise wire.WireError("agents take no attachments")  # noqa: TRY301  told like any other
-                for envelope in wire.unpack([frame]):
+                for envelope in wire.unpack(frames):
                     self._on_request(envelope)
             except wire.WireError as error:
                 _log.warning("dropped a malformed message: %s", error)
@@ -502,7 +497,10 @@ class Agent:
 
     def set_host_address(self, address: str) -> None:
         """Processes of other hosts reach those of this one at ``address``."""
-        self._orders.host_address = address
+        if address != self._orders.host_address:
+            self._orders.host_address = address
+            for proc in self._links:
+                self.tell(proc, "host_address", {"address": address})
 
     def on_member(self, slot: int) -> None:
         """An agent has joined; where it follows a lost one it gets what is kept of that one's actors."""
@@ -588,6 +586,9 @@ class Agent:
         self.quit()
 
     def _close(self) -> None:
+        # At its very end Python gives signals back their default action: a late notice would change the exit code.
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
         self._zygotes.close()
         self._watchdog.close()
         if self._network is not None:

@@ -17,6 +17,7 @@ from .descendants import JOB_VARIABLE
 from .kernel import adopt_orphans
 from .log_files import new_log_directory
 from .settings import read_settings
+from .sweep import own, sweep
 
 
 def main(argv: list[str]) -> None:
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
         # It was killed while this process started.
         shutil.rmtree(directory, ignore_errors=True)
         return
+    own(directory)
     adopt_orphans()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -64,6 +66,7 @@ def main(argv: list[str]) -> None:
         }
         os.write(answer_fd, wire.pack(answer))
         os.close(answer_fd)
+    sweep(os.path.dirname(directory))
     agent.run()
 
 

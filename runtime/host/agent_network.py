@@ -12,7 +12,7 @@ from ..address import CONTROLLER, host_of
 from ..network.attacher import Attacher
 from ..network.elsewhere import Elsewhere
 from ..network.keys import new_secret
-from ..network.root_hosts import RootHosts
+from ..network.root_hosts import END_LIMIT_S, RootHosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -63,9 +63,12 @@ class AgentNetwork:
             advertise=None if settings is None else settings.advertise,
             watch=agent.loop.watch_socket,
             unwatch=agent.loop.unwatch_socket,
+            touch=agent.loop.touch,
         )
         self._root: RootHosts | None = None
         self._below: Attacher | None = None
+        self._is_told = False
+        self._end_at_s: float | None = None
         if settings is None:
             self._root = RootHosts(
                 self.elsewhere,
@@ -131,22 +134,28 @@ class AgentNetwork:
     def next_check_s(self) -> float | None:
         """When :meth:`check` has something to do."""
         parts = (self.elsewhere, self._root, self._below)
-        times_s = [each.next_check_s() for each in parts if each is not None]
+        times_s = [self._end_at_s, *(each.next_check_s() for each in parts if each is not None)]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     def end(self) -> None:
         """The job ends: the root tells the others."""
         if self._root is not None:
             self._root.end()
+        elif self._is_told and self._end_at_s is None:
+            self._end_at_s = time.monotonic() + END_LIMIT_S
 
     def is_over(self) -> bool:
-        """Whether nothing has to be waited for."""
-        return self._root is None or self._root.is_over(now_s=time.monotonic())
+        """Whether nothing has to be waited for: the root waits for all, others for those that are told by them."""
+        now_s = time.monotonic()
+        if self._root is not None:
+            return self._root.is_over(now_s=now_s)
+        return self._end_at_s is None or now_s >= self._end_at_s or not self.elsewhere.router.has_children()
 
     def close(self, *, is_preempted: bool) -> None:
         """Say good-bye, and close every socket."""
         if self.slot:
             self.elsewhere.tell_agent(0, "ended", {"slot": self.slot, "is_preempted": is_preempted})
+            self.elsewhere.router.say_bye()
         for each in (self._root, self._below):
             if each is not None:
                 each.close()
@@ -211,6 +220,7 @@ class AgentNetwork:
         """The job has ended, or goes on without this host."""
         if why:
             _log.warning("this host leaves the job: %s", why)
+        self._is_told = not why
         self._agent.quit()
 
     _OF_CONTROLLER: Final[dict[str, Callable[[RootHosts, dict[str, Any]], None]]] = {
@@ -232,11 +242,13 @@ class AgentNetwork:
 
 def _mint() -> bytes:
     """A certificate for the job; empty where the package for that is missing: then nothing streams directly."""
+    from ..bulk.certificate import mint
+
     try:
-        from ..bulk.certificate import mint
+        return mint()
     except ImportError:
+        _log.warning("without certificates large values go through the agents, slowly: pip install 'danaus[hosts]'")
         return b""
-    return mint()
 
 
 def _tcp(host: str) -> str:

@@ -8,31 +8,49 @@ import select
 import signal
 from typing import TYPE_CHECKING, Any
 
-import zmq
+from ..messages.frames import may_receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import zmq
+
 
 class Loop:
-    """What one thread waits for."""
+    """What one thread waits for.
+
+    Not ``zmq.Poller``: that asks every socket at each turn, some eleven system calls a message. A socket's descriptor
+    tells of changes only, and a send may take note of one: who sends on a socket that is watched has to say so.
+    """
 
     def __init__(self) -> None:
-        self._poller = zmq.Poller()
-        self._sockets: dict[Any, Callable[[], object]] = {}
         self._epoll = select.epoll()
         self._descriptors: dict[int, Callable[[], object]] = {}
-        self._poller.register(self._epoll, zmq.POLLIN)
+        self._sockets: dict[Any, Callable[[], object]] = {}
+        self._touched: set[Any] = set()
 
     def watch_socket(self, socket: zmq.Socket[bytes], handler: Callable[[], object]) -> None:
         """Have ``handler`` called whenever ``socket`` has something to receive."""
         self._sockets[socket] = handler
-        self._poller.register(socket, zmq.POLLIN)
+        self.watch(socket.FD, lambda: self._serve(socket))
+        self._touched.add(socket)
 
     def unwatch_socket(self, socket: zmq.Socket[bytes]) -> None:
-        """End that."""
+        """End that, before the socket is closed."""
         if self._sockets.pop(socket, None) is not None:
-            self._poller.unregister(socket)
+            self._touched.discard(socket)
+            self.unwatch(socket.FD)
+
+    def touch(self, socket: zmq.Socket[bytes]) -> None:
+        """Something was sent on a socket that is watched."""
+        self._touched.add(socket)
+
+    def _serve(self, socket: zmq.Socket[bytes]) -> None:
+        handler = self._sockets.get(socket)
+        if handler is not None:
+            handler()
+            if may_receive(socket) and socket in self._sockets:
+                self._touched.add(socket)
 
     def watch(self, fd: int, handler: Callable[[], object]) -> None:
         """Have ``handler`` called whenever ``fd`` is readable."""
@@ -59,11 +77,11 @@ class Loop:
 
     def wait(self, timeout_ms: int) -> None:
         """Wait for something, at most for so long, and call its handler."""
-        for ready, _ in self._poller.poll(timeout_ms):
-            self._sockets.get(ready, self._on_descriptors)()
-
-    def _on_descriptors(self) -> None:
-        for fd, _ in self._epoll.poll(0):
+        touched, self._touched = self._touched, set()
+        for socket in touched:
+            self._serve(socket)
+        wait_s = 0 if self._touched else None if timeout_ms < 0 else timeout_ms / 1000
+        for fd, _ in self._epoll.poll(wait_s):
             handler = self._descriptors.get(fd)
             if handler is not None:
                 handler()

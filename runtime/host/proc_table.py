@@ -17,7 +17,7 @@ from enum import Enum, auto
 from signal import SIGKILL, SIGTERM
 from typing import TYPE_CHECKING
 
-from ..address import address, incarnation_of, mesh_of, next_address, place_of, rank_of
+from ..address import address, incarnation_of, mesh_of, name_of, next_address, place_of, rank_of
 from ..config import GRACE_AFTER_ERROR_S, GRACE_S
 from ..failure import FailureKind, MeshFailure
 
@@ -158,6 +158,8 @@ class ProcTable:
         self._following: dict[str, str] = {}
         self._early_watchers: dict[str, set[str]] = {}
         self._late_watchers: dict[str, set[str]] = {}
+        # Of places that were another host's before it was lost: the incarnation that is the first here.
+        self._first: dict[str, int] = {}
 
     def on_spawn(self, info: MeshInfo, procs: Sequence[str]) -> list[Command]:
         """Processes were ordered: a new mesh, or single ranks of a mesh again."""
@@ -170,10 +172,24 @@ class ProcTable:
             if record is None:
                 record = self.procs[proc] = Proc(proc, info, watchers={info.watcher or info.owner})
                 commands += self._fill_hole(record)
+                if address(place_of(proc), incarnation_of(proc) - 1) not in self.gone:
+                    self._first.setdefault(place_of(proc), incarnation_of(proc))
             record.info, record.state = info, ProcState.STARTING
             record.watchers |= self._early_watchers.pop(proc, set())
+            commands += self._pass_over(record)
             if record.is_spare:
                 record.watchers.clear()
+        return commands
+
+    def _pass_over(self, record: Proc) -> list[Command]:
+        """Those who wait for one that was to be here before, and was lost with its host, hear of the new one."""
+        place, number = place_of(record.proc), incarnation_of(record.proc)
+        before = [proc for proc in self._early_watchers if place_of(proc) == place and incarnation_of(proc) < number]
+        commands: list[Command] = []
+        for proc in before:
+            watchers = self._early_watchers.pop(proc)
+            record.watchers |= watchers
+            commands += [TellReplaced(watcher, proc, record.proc) for watcher in sorted(watchers)]
         return commands
 
     def _fill_hole(self, record: Proc) -> list[Command]:
@@ -239,11 +255,27 @@ class ProcTable:
             self._late_watchers.setdefault(proc, set()).add(watcher)
             return told
         record = self.procs.get(proc)
+        if record is None and incarnation_of(proc) < self._first.get(place_of(proc), 0):
+            following = next_address(proc)
+            told = [TellGone(watcher, proc, self._lost_before(proc), following)]
+            return told + self.on_watch(following, watcher)
         if record is None:
             self._early_watchers.setdefault(proc, set()).add(watcher)
             return []
         record.watchers.add(watcher)
         return [TellUp(watcher, proc)] if record.state is ProcState.UP else []
+
+    def _lost_before(self, proc: str) -> MeshFailure:
+        """What is known of a process of the host in whose place this one is."""
+        return MeshFailure(
+            kind=FailureKind.HOST_LOST,
+            mesh=name_of(proc),
+            rank=rank_of(proc),
+            host=self.host,
+            incarnation=incarnation_of(proc),
+            detail="its host was lost, and this one has taken its place",
+            restarts=True,
+        )
 
     def on_failing(self, proc: str, kind: FailureKind, traceback: str) -> None:
         """The process says why it is about to exit."""

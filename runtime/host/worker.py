@@ -213,7 +213,11 @@ class Worker:
             # A process that was forked from this one.
             _end_by(signum)
         if not self._is_ending:
-            self._local.run_at(time.monotonic() + TOLD_WITHIN_S, lambda: self._is_ending or _end_by(signum))
+            self._local.run_at(time.monotonic() + TOLD_WITHIN_S, lambda: self._end_unless_told(signum))
+
+    def _end_unless_told(self, signum: int) -> None:
+        if not self._is_ending:
+            _end_by(signum)
 
     def _on_drain(self, fields: dict[str, Any]) -> None:
         """The host is about to be taken away: call the actors' ``__drain__``, and say when all have returned."""

@@ -216,17 +216,23 @@ class Logs(Actor):
             follow: Go on with what is written later, until :meth:`end`.
             port: Gets every :class:`Text`.
         """
-        folder = newest_run(Path(log_root()), name)
         offsets: dict[Path, int] = {}
+        is_first = True
         while True:
-            folder = folder or newest_run(Path(log_root()), name)
-            for path in _log_files(folder) if folder is not None else ():
-                data, offsets[path] = _news(path, offsets.get(path), lines)
-                if data:
-                    port.send(Text(host, path.stem, data))
+            # Another run may have begun meanwhile, while those before it still write.
+            folder = newest_run(Path(log_root()), name)
+            for path in sorted({*offsets, *(_log_files(folder) if folder is not None else ())}):
+                # A file that is new since the last look is new as a whole.
+                offset = offsets.get(path, None if is_first else 0)
+                # Runs long past are removed.
+                with contextlib.suppress(FileNotFoundError):
+                    data, offsets[path] = _news(path, offset, lines)
+                    if data:
+                        port.send(Text(host, path.stem, data))
             if not follow or self._is_ending:
                 port.send(Text(host, ""))
                 return str(folder or "")
+            is_first = False
             await asyncio.sleep(_FOLLOW_S)
 
 
@@ -239,8 +245,17 @@ def newest_run(root: Path, host: str) -> Path | None:
     """
     base = root / re.sub(r"[^A-Za-z0-9_.-]+", "_", host)
     runs = [path for path in base.iterdir() if path.is_dir()] if base.is_dir() else []
-    dated = [(max(path.stat().st_mtime for path in files), run) for run in runs if (files := _log_files(run))]
+    dated = [(_written_s(files), run) for run in runs if (files := _log_files(run))]
     return max(dated)[1] if dated else None
+
+
+def _written_s(files: Iterable[Path]) -> float:
+    """Return when the newest of ``files`` was written; they may be removed meanwhile."""
+    times = [0.0]
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _log_files(folder: Path) -> list[Path]:

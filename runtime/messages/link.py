@@ -19,6 +19,7 @@ from ..address import host_of
 from ..interrupts import InterruptsHeld
 from . import wire
 from .credits import CreditAccount
+from .frames import send
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ class Link:
             socket = self._socket
             if socket is not None:
                 self._flush(socket)
-                socket.send_multipart(frames, copy=False)
+                send(socket, frames)
             elif not self._closed:
                 self._held.append(list(frames))
 

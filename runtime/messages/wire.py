@@ -15,11 +15,13 @@ envelopes that announce them. Bodies are opaque here: only the thread that uses 
     PROBE   kind, actor, origin_proc, origin_actor, wait_id   is there a cycle of senders waiting for room?
     WAITS   kind, actor, caller, port, probe                  is there a cycle of actors waiting for answers? (waits.py)
     LEASE   kind, holder, lease_ids                           shared memory handed back
+    PARTIAL kind, caller, port, slot, count, operation, body, attachment     a rank's value, to who joins its host's
     EVENT   kind, name, fields                                agent to process
     REQUEST kind, name, sender, fields                        process to agent
 
-An attachment is None, the number of frames that follow, or the packed reference of a shared memory segment. A body of
-None is the first buffer of the attachment.
+The slot of a CALL is a list, [slot, process, count, operation], where that process joins the values of ``count`` ranks
+of a host; the slot of its REPLY lists the slots that it is for. An attachment is None, the number of frames that
+follow, or the packed reference of a shared memory segment. A body of None is the first buffer of the attachment.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ EVENT: Final = 9
 REQUEST: Final = 10
 PING: Final = 11
 WAITS: Final = 12
+PARTIAL: Final = 13
 
-_ATTACHMENT_AT: Final = {CALL: 10, SPAWN: 5, REPLY: 6}
+_ATTACHMENT_AT: Final = {CALL: 10, SPAWN: 5, REPLY: 6, PARTIAL: 7}
 _FIELDS: Final = {
     CALL: 11,
     SPAWN: 6,
@@ -62,6 +65,7 @@ _FIELDS: Final = {
     REQUEST: 4,
     PING: 5,
     WAITS: 5,
+    PARTIAL: 8,
 }
 
 # Status of a REPLY.

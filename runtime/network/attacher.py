@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgpack
 import zmq
 
+from ..messages.frames import received
 from ..messages.wire import pack
 from .door import connect
 from .keys import derive
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from .neighbours import Unwatch, Watch
 
 MAX_ANSWER_BYTES: Final = 1 << 16
-_BURST: Final = 64
 
 
 @dataclass(slots=True)
@@ -93,6 +94,7 @@ class Attacher:
             "certificate": self._certificate,
         }
         socket.send(pack(["attach", daemon.token, fields]))
+        self._receive(slot, daemon)
 
     def detach(self, slot: int) -> None:
         """Have the daemon end its agent of this job."""
@@ -107,16 +109,11 @@ class Attacher:
         if daemon is not None:
             self._next_token += 1
             daemon.socket.send(pack([name, self._next_token, *fields]))
+            self._receive(slot, daemon)
 
     def _receive(self, slot: int, daemon: _Daemon) -> None:
-        for _ in range(_BURST):
-            if daemon.socket.closed:
-                return
-            try:
-                answer = daemon.socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._on_answer(slot, daemon, msgpack.unpackb(answer))
+        for frames in received(daemon.socket, sys.maxsize):
+            self._on_answer(slot, daemon, msgpack.unpackb(frames[0]))
 
     def _on_answer(self, slot: int, daemon: _Daemon, answer: list[Any]) -> None:
         name, *rest = answer

@@ -16,7 +16,7 @@ from ..messages.wire import WireError, pack
 from . import packets
 from .bundles import Bundles
 from .neighbours import PING_S
-from .packets import ACK, BUNDLE, DATA, PING, TOPOLOGY, pack_data, split_bundle, unpack_header
+from .packets import ACK, BUNDLE, BYE, DATA, PING, TOPOLOGY, pack_data, split_bundle, unpack_header
 from .streams import Inbox, Outbox
 from .tree import Tree
 
@@ -93,6 +93,7 @@ class Carrier(ABC):
         self._inboxes: dict[int, Inbox] = {}
         self._busy: set[int] = set()
         self._owed: set[int] = set()
+        self._departed: set[tuple[int, int]] = set()
         self._bundles = Bundles()
         self._ping_at_s = 0.0
         self._heard_parent_s = time.monotonic()
@@ -274,6 +275,8 @@ class Carrier(ABC):
                 self._on_frames(neighbour, part)
         elif kind == TOPOLOGY:
             self._on_topology(header)
+        elif kind == BYE:
+            self._departed.add((neighbour, header[2]))
         elif header[3] < self.epoch and neighbour in self.neighbours.children:
             self._send_topology(neighbour)
 
@@ -320,7 +323,7 @@ class Carrier(ABC):
         except ValueError as error:
             raise WireError(str(error)) from error
         for meta, *body in arrived:
-            self._open(origin, meta, body)
+            self._open_safely(origin, meta, body)
         if self._inboxes.get(origin) is not inbox:
             # It was lost by what it said.
             return
@@ -329,6 +332,14 @@ class Carrier(ABC):
             self._acknowledge(origin, inbox, now_s)
         elif ack_s is not None:
             self._owed.add(origin)
+
+    def _open_safely(self, origin: int, meta: Any, body: Frames) -> None:
+        try:
+            self._open(origin, meta, body)
+        except (WireError, ValueError, TypeError, KeyError) as error:
+            # Those behind it have been counted as received, and are not to be lost with it.
+            self.num_dropped += 1
+            _log.warning("dropped a malformed packet of host %s: %s", origin, error)
 
     def _acknowledge(self, origin: int, inbox: Inbox, now_s: float) -> None:
         self._owed.discard(origin)
@@ -382,6 +393,17 @@ class Carrier(ABC):
         times_s += [self._inboxes[origin].next_ack_s or 0.0 for origin in self._owed]
         bundle_s = self._bundles.next_due_s()
         return min(times_s if bundle_s is None else [*times_s, bundle_s])
+
+    def has_children(self) -> bool:
+        """Whether agents below this one have not said their last word."""
+        below = () if self.slot in self.lost else self.tree.children(self.slot)
+        return any((slot, self.members[slot].life) not in self._departed for slot in below)
+
+    def say_bye(self) -> None:
+        """Tell the parent that nothing more comes from here."""
+        parent = self.tree.parent(self.slot) if self.slot not in self.lost else None
+        if parent is not None:
+            self.neighbours.send(parent, [pack([BYE, self.slot, self.life])], now_s=time.monotonic())
 
     def silent_children(self, limit_s: float, *, now_s: float) -> list[int]:
         """Children that have not been heard of for longer than ``limit_s``."""

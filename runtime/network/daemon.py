@@ -20,12 +20,15 @@ import zmq
 
 from ..config import preempt_s
 from ..host.kernel import adopt_orphans
-from .daemon_jobs import Asker, JobTable, Key, Send, Signal, Start
+from .attempts import Attempts
+from .daemon_jobs import Asker, JobTable, Send, Signal
 from .daemon_protocol import MAX_REQUEST_BYTES, Attach, Detach, Garbage, Refusal, Request, parse
 from .door import Door, listen
 from .endpoints import EVERYWHERE, endpoint_of, split_address
-from .job_process import JobProcess, start_agent
+from .job_process import start_agent
+from .job_processes import JobProcesses
 from .keys import derive
+from .turned_away import Counts, TurnedAway
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("danaus.daemon")
 
 _BATCH: Final = 64
-_REPORT_S: Final = 10.0
 _LINGER_MS: Final = 500
 _pack = msgpack.Packer(autoreset=True).pack
 
@@ -56,6 +58,8 @@ class Daemon:
         endpoint: Where others reach it.
         num_garbage: Messages dropped because they were no requests.
         num_refused: Callers turned away because they do not have the key.
+        num_failed: Connections that came to nothing, these among them.
+        ended_by: The signal that ended it, None where a caller did, or the end of who it follows.
     """
 
     def __init__(
@@ -68,13 +72,13 @@ class Daemon:
         advertise: str | None = None,
         start: StartChild = start_agent,
     ) -> None:
-        self._name, self._versions, self._start_child = name, dict(versions), start
+        self._name, self._versions = name, dict(versions)
         self._table = JobTable({"host": name, "versions": self._versions}, drain_s=preempt_s())
-        self._children: dict[Key, JobProcess] = {}
-        self._reaps_orphans = False
+        self._is_process = self._is_ending = False
+        self.ended_by: int | None = None
         self._followed: list[int] = []
         self.num_garbage = 0
-        self._reported, self._report_at_s = (0, 0), 0.0
+        self._turned_away = TurnedAway()
         host, _ = split_address(address)
         self._context: zmq.Context[Any] = zmq.Context()
         try:
@@ -89,12 +93,21 @@ class Daemon:
                 # A caller that comes back under its old name is the same one: all have the key.
                 options={zmq.ROUTER_HANDOVER: 1},
             )
+            self._attempts = Attempts(self._listener)
         except BaseException:
             self._context.destroy(0)
             raise
         self._listen_host = split_address(endpoint_of(self._listener))[0]
         self._advertise = advertise or (self._listen_host if host not in EVERYWHERE else os.uname().nodename)
         self.endpoint = endpoint_of(self._listener, self._advertise)
+        self._processes = JobProcesses(
+            self._table,
+            start,
+            self._settings,
+            carry_out=self._carry_out,
+            watch=self._watch,
+            unwatch=self._unwatch,
+        )
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], object]] = {}
         self._signals, self._signal_to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -104,12 +117,16 @@ class Daemon:
     def num_refused(self) -> int:
         return self._door.refused
 
+    @property
+    def num_failed(self) -> int:
+        return self._attempts.num_failed
+
     # the loop:
 
     def run(self) -> None:
         """Serve until it is told to end, and its agents have ended."""
         poller = zmq.Poller()
-        for source in (self._listener, self._door.socket, self._epoll.fileno()):
+        for source in (self._listener, self._door.socket, self._attempts.socket, self._epoll.fileno()):
             poller.register(source, zmq.POLLIN)
         while not self._table.is_over:
             ready = dict(poller.poll(self._timeout_ms()))
@@ -120,6 +137,8 @@ class Daemon:
                         handler()
             if self._door.socket in ready:
                 self._door.serve()
+            if self._attempts.socket in ready:
+                self._attempts.serve()
             if self._listener in ready:
                 self._receive()
             self._carry_out(self._table.check(now_s=time.monotonic()))
@@ -137,7 +156,8 @@ class Daemon:
         SIGTERM lets the jobs drain; SIGINT or a second SIGTERM ends them at once.
         """
         adopt_orphans()
-        self._reaps_orphans = True
+        self._processes.adopt()
+        self._is_process = True
         # Strangers' connections take one each, until they have failed to show a key.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -158,13 +178,15 @@ class Daemon:
 
     def _on_followed_gone(self, pidfd: int) -> None:
         self._unwatch(pidfd)
-        self._end(signal.SIGINT)
+        self._end(signal.SIGINT, cause=None)
 
-    def _end(self, signum: int) -> None:
+    def _end(self, signum: int, *, cause: int | None) -> None:
+        if not self._is_ending:
+            self._is_ending, self.ended_by = True, cause
         self._carry_out(self._table.on_end(signum, now_s=time.monotonic()))
 
     def _timeout_ms(self) -> int:
-        next_s = self._table.next_check_s()
+        next_s = min(filter(None, (self._table.next_check_s(), self._turned_away.next_check_s())), default=None)
         return -1 if next_s is None else max(0, int((next_s - time.monotonic()) * 1000) + 1)
 
     def _watch(self, fd: int, handler: Callable[[], object]) -> None:
@@ -178,11 +200,11 @@ class Daemon:
     def _on_signals(self) -> None:
         for signum in os.read(self._signals, 4096):
             if signum == signal.SIGCHLD:
-                self._reap_orphans()
+                self._processes.reap_orphans()
                 continue
             # Agents end at once on a second SIGTERM.
             _log.warning("ending by %s", signal.Signals(signum).name)
-            self._end(signum)
+            self._end(signum, cause=signum)
 
     # requests:
 
@@ -216,7 +238,7 @@ class Daemon:
         else:
             self._send(caller, ["ended", request.number, {}])
             _log.warning("shut down by a caller")
-            self._end(signal.SIGINT)
+            self._end(signal.SIGINT, cause=None)
 
     def _send(self, caller: bytes, message: list[Any]) -> None:
         # To a caller that has gone, or that reads nothing, it is lost.
@@ -229,26 +251,12 @@ class Daemon:
             if isinstance(command, Send):
                 self._send(command.caller, command.message)
             elif isinstance(command, Signal):
-                child = self._children.get(command.key)
-                if child is not None:
-                    child.send_signal(command.signum)
+                self._processes.send_signal(command.key, command.signum)
             else:
-                self._start(command)
-
-    def _start(self, command: Start) -> None:
-        key, attach = command.key, command.attach
-        try:
-            child = JobProcess(self._start_child(attach.env), self._settings(attach))
-        except OSError as error:
-            reason = f"its agent could not be started: {error.strerror}"
-            self._carry_out(self._table.on_not_started(key, reason, now_s=time.monotonic()))
-            return
-        self._children[key] = child
-        self._watch(child.pidfd, lambda: self._on_exit(key))
-        self._watch(child.answer_fd, lambda: self._on_answer(key))
-        _log.info("job %s, slot %d: agent is process %d", key.job, key.slot, child.pid)
+                self._processes.start(command)
 
     def _settings(self, attach: Attach) -> dict[str, Any]:
+        """What the agent reads on its standard input; see host/settings.py."""
         return {
             "job": attach.job,
             "slot": attach.slot,
@@ -262,55 +270,18 @@ class Daemon:
             "daemon_pid": os.getpid(),
         }
 
-    def _on_answer(self, key: Key) -> None:
-        child = self._children[key]
-        try:
-            answer = child.read_answer()
-        except ValueError as error:
-            self._stop_reading(child)
-            self._carry_out(self._table.on_wrong(key, str(error), now_s=time.monotonic()))
-            return
-        if child.has_said_all:
-            self._stop_reading(child)
-        if answer is not None:
-            self._carry_out(self._table.on_up(key, answer.endpoint, answer.pid))
-
-    def _stop_reading(self, child: JobProcess) -> None:
-        if child.answer_fd >= 0:
-            self._unwatch(child.answer_fd)
-            child.stop_reading()
-
-    def _on_exit(self, key: Key) -> None:
-        child = self._children.pop(key)
-        self._unwatch(child.pidfd)
-        self._stop_reading(child)
-        code = child.reap()
-        _log.info("job %s, slot %d: agent has ended with code %d", key.job, key.slot, code)
-        self._carry_out(self._table.on_exit(key, code, now_s=time.monotonic()))
-        self._reap_orphans()
-
-    def _reap_orphans(self) -> None:
-        """Bury what killed agents have left to this process, which is their next parent."""
-        if not self._reaps_orphans:
-            return
-        ours = {child.pid for child in self._children.values()}
-        with contextlib.suppress(ChildProcessError):
-            while (status := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-                if status.si_pid in ours:
-                    # Its pidfd tells, and then this is done again.
-                    return
-                os.waitpid(status.si_pid, 0)
-
     # words:
 
     def _report(self) -> None:
-        now = (self.num_garbage, self._door.refused)
-        if now != self._reported and time.monotonic() >= self._report_at_s:
-            self._reported, self._report_at_s = now, time.monotonic() + _REPORT_S
+        counts = Counts(self.num_garbage, self._door.refused, self._attempts.num_failed)
+        if self._turned_away.check(counts, now_s=time.monotonic()):
             _log.warning(
-                "so far %d malformed messages dropped, %d callers without the key turned away (last from %s)",
-                *now,
+                "so far %d malformed messages dropped, %d callers without the key turned away (last from %s), "
+                "%d connections in all that came to nothing",
+                counts.garbage,
+                counts.refused,
                 self._door.last_refused or "nowhere",
+                counts.failed,
             )
 
     def __enter__(self) -> Self:
@@ -321,15 +292,17 @@ class Daemon:
 
     def close(self) -> None:
         """Stop listening; agents that are still there are killed."""
-        for child in self._children.values():
-            child.send_signal(signal.SIGKILL)
-            child.reap()
+        self._processes.close()
         # The last answers may still be on their way.
+        self._attempts.close()
         self._listener.close(_LINGER_MS)
         self._door.close()
         self._context.term()
         self._epoll.close()
-        if self._reaps_orphans:
+        if self._is_process:
             signal.set_wakeup_fd(-1)
+            # Python would put back what kills, in its last moments, and with it another exit code.
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(signum, signal.SIG_IGN)
         for fd in (self._signals, self._signal_to, *self._followed):
             os.close(fd)

@@ -23,10 +23,14 @@ MAX_MESSAGE_BYTES: Final = 1 << 20
 """Default bound of one frame: what a stranger can make us hold, per connection, before the handshake has failed."""
 
 HANDSHAKE_MS: Final = 5000
+BACKLOG: Final = 1024
+"""Connections that wait to be accepted: a burst of them, of whoever, is not to have others wait for the kernel."""
 HEARTBEAT_MS: Final = 1000
 HEARTBEAT_TIMEOUT_MS: Final = 3000
 RECONNECT_MS: Final = 50
 RECONNECT_MAX_MS: Final = 1000
+CONNECT_MS: Final = 2000
+"""A connection that is not made by then is tried anew: the kernel's own pauses between tries grow to many seconds."""
 
 _ZAP: Final = "inproc://zeromq.zap.01"
 _ZAP_VERSION: Final = b"1.0"
@@ -142,6 +146,7 @@ def listen(
             socket.zap_domain = _DOMAIN
             socket.setsockopt(_ENFORCE_DOMAIN, 1)
             door.guard(socket)
+        socket.backlog = BACKLOG
         _configure(socket, is_ipv6=is_ipv6, max_message_bytes=max_message_bytes, options=options)
         socket.bind(bind_to)
     except BaseException:
@@ -195,6 +200,7 @@ def connect(
             socket.curve_serverkey = server_public
         socket.reconnect_ivl = RECONNECT_MS
         socket.reconnect_ivl_max = RECONNECT_MAX_MS
+        socket.connect_timeout = CONNECT_MS
         _configure(socket, is_ipv6=is_ipv6, max_message_bytes=max_message_bytes, options=options)
         socket.connect(connect_to)
     except BaseException:

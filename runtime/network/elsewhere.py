@@ -20,6 +20,7 @@ from ..config import grace_s
 from ..failure import FailureKind, MeshFailure, unpack_failure
 from ..host.proc_table import TellGone
 from ..messages import wire
+from .attempts import Attempts
 from .door import Door
 from .far_procs import Ask, FarProcs
 from .keys import derive
@@ -90,6 +91,7 @@ class Elsewhere:
         advertise: Host by which others reach this one.
         watch: Has a socket polled.
         unwatch: Ends that.
+        touch: Hears of sockets that something was sent on.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Elsewhere:
         advertise: str | None,
         watch: Watch,
         unwatch: Unwatch,
+        touch: Unwatch,
     ) -> None:
         self._here, self.slot = here, slot
         self.name = agent_of(slot)
@@ -125,6 +128,7 @@ class Elsewhere:
                 door=self._door,
                 watch=watch,
                 unwatch=unwatch,
+                touch=touch,
                 on_message=on_message,
             )
 
@@ -138,6 +142,10 @@ class Elsewhere:
             on_lost=self._on_lost,
             on_member=self._on_member,
         )
+        listening = self.router.neighbours.listener
+        self.attempts = None if listening is None else Attempts(listening)
+        if self.attempts is not None:
+            watch(self.attempts.socket, self.attempts.serve)
         self._gate: zmq.Socket[bytes] = context.socket(zmq.PULL)
         self._gate.rcvhwm = 0
         self._gate.bind(f"ipc://{os.path.join(directory, GATE)}")
@@ -213,12 +221,16 @@ class Elsewhere:
         # An owner that has paused before it starts a rank again may come between the host's return and its files.
         lacks_files = slot in self._unready and bool(fields["workspaces"])
         if self.router.is_known(slot) and not lacks_files:
-            self._request(slot, "spawn", owner, fields)
+            self._send_order(slot, owner, fields)
         elif lacks_files or (loss is not None and loss.may_return):
             self._held[slot].append(("spawn", owner, fields))
         else:
             why = "there is no such host" if loss is None else loss.why
             self._carry_out(self._lost(procs, why))
+
+    def _send_order(self, slot: int, owner: str, fields: dict[str, Any]) -> None:
+        self._far.on_order_sent(fields["procs"])
+        self._request(slot, "spawn", owner, fields)
 
     def _lost(self, procs: list[str], why: str) -> list[FarCommand]:
         commands: list[FarCommand] = []
@@ -319,8 +331,11 @@ class Elsewhere:
                 slot = host_of(command.proc)
                 if self.router.is_known(slot):
                     self._request(slot, "watch", self.name, {"proc": command.proc})
-                elif slot not in self.router.lost:
-                    self._carry_out(self._lost([command.proc], "there is no such host"))
+                    continue
+                loss = self.router.lost.get(slot)
+                if loss is None or not loss.may_return:
+                    why = "there is no such host" if loss is None else loss.why
+                    self._carry_out(self._lost([command.proc], why))
             elif getattr(command, "to", None) != self.name:
                 self._here.tell_here([command])
             elif isinstance(command, TellGone):
@@ -361,8 +376,10 @@ class Elsewhere:
             # Lost again; what waits goes on waiting for the next.
             return
         self._unready.discard(slot)
-        for name, sender, fields in self._held.pop(slot, ()):
-            self._request(slot, name, sender, fields)
+        for _, owner, fields in self._held.pop(slot, ()):
+            # Some may have been stopped meanwhile.
+            procs = [proc for proc in fields["procs"] if not self._far.is_gone(proc)]
+            self._send_order(slot, owner, {**fields, "procs": procs})
 
     # time:
 
@@ -388,6 +405,9 @@ class Elsewhere:
 
     def close(self, linger_ms: int) -> None:
         """Close every socket."""
+        if self.attempts is not None:
+            self._unwatch(self.attempts.socket)
+            self.attempts.close()
         self.router.neighbours.close(linger_ms)
         self._unwatch(self._gate)
         self._gate.close(0)

@@ -33,6 +33,9 @@ FarCommand = Command | Ask
 class _Far:
     watchers: set[str] = field(default_factory=set)
     is_up: bool = False
+    is_ordered: bool = False
+    is_sent: bool = False
+    """Whether its host has been asked to start it; until then the order waits for the next one."""
     restartable: bool = False
 
 
@@ -61,8 +64,12 @@ class FarProcs:
             far = self._procs[proc] = _Far(restartable=self._restartable.get(mesh_of(proc), False))
             far.watchers.add(watcher)
             return [Ask(proc)]
+        # Who had waited for it may have ended before its host came back, and then nobody has asked the agent there.
+        is_asked = bool(far.watchers)
         far.watchers.add(watcher)
-        return [TellUp(watcher, proc)] if far.is_up else []
+        if far.is_up:
+            return [TellUp(watcher, proc)]
+        return [] if is_asked else [Ask(proc)]
 
     def on_ordered(self, procs: Iterable[str], owner: str, *, restartable: bool) -> list[FarCommand]:
         """A process here has ordered ``procs``, and the agents there will tell of them unasked."""
@@ -71,11 +78,22 @@ class FarProcs:
             self._restartable[mesh_of(proc)] = restartable
             before = _before(proc)
             far = self._procs.setdefault(proc, _Far())
-            far.restartable = restartable
+            far.restartable, far.is_ordered = restartable, True
             far.watchers.add(owner)
             if before in self._late:
                 commands += self.on_replaced(before, proc)
         return commands
+
+    def on_order_sent(self, procs: Iterable[str]) -> None:
+        """The host of ``procs`` has been asked to start them."""
+        for proc in procs:
+            far = self._procs.get(proc)
+            if far is not None:
+                far.is_sent = True
+
+    def is_gone(self, proc: str) -> bool:
+        """Whether it has ended, or will never be started."""
+        return proc in self._gone
 
     def on_policy(self, mesh: str, *, restartable: bool) -> None:
         """A mesh that was ordered here got or lost its policy."""
@@ -109,14 +127,22 @@ class FarProcs:
         return [TellGone(watcher, proc, failure, following) for watcher in sorted(watchers)]
 
     def on_replaced(self, before: str, following: str) -> list[FarCommand]:
-        """Another process takes the place of one that was lost for good."""
+        """Another process takes the place of one that was lost for good, or was lost before it had started."""
         watchers = self._late.pop(before, set())
+        announced = self._procs.get(before)
+        if announced is not None and self._is_announced(before):
+            failure = replace(self._gone[_before(before)][0], incarnation=incarnation_of(before))
+            return self.on_died(before, failure, following) + self._up_if_known(following)
         if before in self._gone:
             self._gone[before] = self._gone[before][0], following
         far = self._procs.setdefault(following, _Far())
         far.watchers |= watchers
         told: list[FarCommand] = [TellReplaced(watcher, before, following) for watcher in sorted(watchers)]
         return told + ([TellUp(watcher, following) for watcher in sorted(watchers)] if far.is_up else [])
+
+    def _up_if_known(self, proc: str) -> list[FarCommand]:
+        far = self._procs[proc]
+        return [TellUp(watcher, proc) for watcher in sorted(far.watchers)] if far.is_up else []
 
     def on_watcher_gone(self, watcher: str) -> None:
         """A process here has ended."""
@@ -130,7 +156,7 @@ class FarProcs:
         commands: list[FarCommand] = []
         for proc in [proc for proc in self._procs if host_of(proc) == slot]:
             far = self._procs[proc]
-            if may_return and self._is_announced(proc):
+            if may_return and self._is_awaited(proc):
                 # Not started yet: it may be on the next host.
                 continue
             follows = far.restartable and may_return
@@ -159,6 +185,11 @@ class FarProcs:
         if proc in self._gone or before not in self._gone:
             return []
         return self.on_died(proc, replace(self._gone[before][0], restarts=False), None)
+
+    def _is_awaited(self, proc: str) -> bool:
+        """Whether no host has been asked for ``proc`` yet, as far as is known here."""
+        far = self._procs[proc]
+        return not far.is_up and not far.is_sent and (far.is_ordered or self._is_announced(proc))
 
     def _is_announced(self, proc: str) -> bool:
         """Whether ``proc`` is only said to follow another."""

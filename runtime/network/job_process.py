@@ -118,6 +118,14 @@ class JobProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signum)
 
+    def kill(self) -> None:
+        """Kill it."""
+        self.send_signal(signal.SIGKILL)
+
+    def has_ended(self) -> bool:
+        """Whether it has."""
+        return os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def reap(self) -> int:
         """Return its exit code, a signal's number negated; it has ended. What a killed one left behind is removed."""
         code = self._child.wait()

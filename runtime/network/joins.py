@@ -32,16 +32,15 @@ class Joins:
 
     def __init__(self) -> None:
         self._joins: OrderedDict[Key, _Join] = OrderedDict()
-        self._held: set[Key] = set()
+        # In the order in which their first answers came.
+        self._held: dict[Key, None] = {}
 
     def expect(self, key: Key, count: int) -> None:
-        """``count`` answers to a call will come by here."""
+        """``count`` answers to a call will come by here. A call that is sent again changes nothing: some may wait."""
         if count > 1:
-            self._joins[key] = _Join(count)
-            if len(self._joins) > MAX_CALLS:
-                oldest = next(iter(self._joins))
-                if oldest not in self._held:
-                    del self._joins[oldest]
+            self._joins.setdefault(key, _Join(count))
+            while len(self._joins) > MAX_CALLS and (oldest := next(iter(self._joins))) not in self._held:
+                del self._joins[oldest]
 
     def add(self, key: Key, item: Any, *, now_s: float) -> list[Any]:
         """Take one answer; return what goes on now: it alone, all of them, or nothing yet."""
@@ -52,10 +51,10 @@ class Joins:
         join.items.append(item)
         if join.missing <= 0:
             del self._joins[key]
-            self._held.discard(key)
+            self._held.pop(key, None)
             return join.items
         if key not in self._held:
-            self._held.add(key)
+            self._held[key] = None
             join.due_s = now_s + HOLD_S
         return []
 
@@ -68,7 +67,7 @@ class Joins:
         return [self._take(key) for key in list(self._held) if self._joins[key].due_s <= now_s] if self._held else []
 
     def _take(self, key: Key) -> tuple[Key, list[Any]]:
-        self._held.discard(key)
+        self._held.pop(key, None)
         join = self._joins[key]
         items, join.items = join.items, []
         return key, items

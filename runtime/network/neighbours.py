@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
+from ..messages.frames import NOBLOCK, received, send
 from .door import connect, listen
 from .endpoints import endpoint_of
 from .packets import MAX_MESSAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection
     from typing import TypeAlias
 
     from .door import Door
@@ -49,6 +50,7 @@ class Neighbours:
         door: Lets agents of the job in.
         watch: Has a socket polled.
         unwatch: Ends that.
+        touch: Hears of sockets that something was sent on.
         on_message: Takes what comes: the neighbour's slot, and the frames.
     """
 
@@ -65,11 +67,12 @@ class Neighbours:
         door: Door,
         watch: Watch,
         unwatch: Unwatch,
+        touch: Unwatch,
         on_message: Callable[[int, Frames], object],
     ) -> None:
         self._context, self._slot, self._life = context, slot, life
         self._listener_keys, self._caller_keys = listener, caller
-        self._watch, self._unwatch, self._on_message = watch, unwatch, on_message
+        self._watch, self._unwatch, self._touch, self._on_message = watch, unwatch, touch, on_message
         self._children: dict[int, tuple[str, zmq.Socket[bytes]]] = {}
         self._parents: dict[int, bytes] = {}
         self.heard_s: dict[int, float] = {}
@@ -120,9 +123,11 @@ class Neighbours:
         child = self._children.get(slot)
         try:
             if child is not None:
-                child[1].send_multipart(frames, zmq.NOBLOCK, copy=False)
+                self._touch(child[1])
+                send(child[1], frames, NOBLOCK)
             elif self._router is not None and slot in self._parents:
-                self._router.send_multipart([self._parents[slot], *frames], zmq.NOBLOCK, copy=False)
+                self._touch(self._router)
+                send(self._router, [self._parents[slot], *frames], NOBLOCK)
             else:
                 return False
         except zmq.Again:
@@ -135,6 +140,11 @@ class Neighbours:
             self._send(slot, [header])
 
     @property
+    def listener(self) -> zmq.Socket[bytes] | None:
+        """The socket that a parent connects to."""
+        return self._router
+
+    @property
     def children(self) -> Collection[int]:
         """Slots that this agent is connected to."""
         return self._children.keys()
@@ -145,14 +155,14 @@ class Neighbours:
             self.heard_s.pop(slot, None)
 
     def _receive_below(self, slot: int, socket: zmq.Socket[bytes]) -> None:
-        for frames in _received(socket):
+        for frames in received(socket, _BURST):
             self._on_message(slot, frames)
             if self._children.get(slot, ("", None))[1] is not socket:
                 return
 
     def _receive_above(self) -> None:
         assert self._router is not None
-        for identity, *frames in _received(self._router):
+        for identity, *frames in received(self._router, _BURST):
             slot = _slot_of(identity)
             if slot is not None and frames:
                 self._parents[slot] = identity
@@ -167,16 +177,6 @@ class Neighbours:
             self._unwatch(self._router)
             self._router.close(linger_ms)
         self._children.clear()
-
-
-def _received(socket: zmq.Socket[bytes]) -> Iterator[Frames]:
-    for _ in range(_BURST):
-        if socket.closed:
-            return
-        try:
-            yield socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return
 
 
 def _slot_of(identity: bytes) -> int | None:

@@ -7,11 +7,12 @@ the destination alone. What follows is a message as a process sent it.
     ACK       kind, receiver, life, sender, life, cumulative           end to end, like DATA
     PING      kind, slot, life, epoch                                  between neighbours
     TOPOLOGY  kind, epoch, members, lost, fan_out, gateway (slot, or 0)       from a parent to its children
+    BYE       kind, slot, life                                         from a child to its parent: its last word
     BUNDLE    kind, [number of frames, ...]                            several of the above, one after the other
 
     meta:  PLAIN  kind, process
            REPLY  kind, process, port                       the same, for what may be joined with other replies
-           CAST   kind, {destination: [[process, slot of the call], ...]}, caller, port
+           CAST   kind, {destination: [[process, slot of the call], ...]}, caller, port, operation by which to reduce
                   body: head, tail, frames (see join_call); port 0 where no replies are to be joined
            AGENT  kind                                                      body: one envelope, for the agent itself
            PART   kind, is it the last                                      body: a piece of a packet that is too large
@@ -36,6 +37,7 @@ ACK: Final = 1
 PING: Final = 2
 TOPOLOGY: Final = 3
 BUNDLE: Final = 4
+BYE: Final = 5
 
 PLAIN: Final = 0
 CAST: Final = 1
@@ -94,7 +96,8 @@ def unpack_meta(frame: Any) -> list[Any]:
         if len(meta) == _META_FIELDS[kind] and type(meta[1]) is str:
             return meta
     elif kind == CAST:
-        is_whole = len(meta) == 4 and type(meta[1]) is dict and type(meta[2]) is str and type(meta[3]) is int
+        types = [dict, str, int, bytes]
+        is_whole = [type(each) for each in meta[1:]] == types
         if is_whole and all(map(_is_share, meta[1].items())):
             return meta
     elif (kind == AGENT and len(meta) == 1) or (kind == PART and len(meta) == 2 and type(meta[1]) is bool):
@@ -140,7 +143,7 @@ def join_packet(pieces: Sequence[bytes]) -> Frames:
     return frames
 
 
-def join_call(head: Any, slot: int, tail: Any, frames: Frames) -> Frames:
+def join_call(head: Any, slot: Any, tail: Any, frames: Frames) -> Frames:
     """The message to one rank of a cast: the fields of its CALL before the slot, the slot, and those behind it."""
     data = b"".join((head, pack(slot), tail))
     return [MULTIPART + data, *frames] if frames else [data]
@@ -180,5 +183,6 @@ _SHAPES: Final[dict[int, tuple[type, ...]]] = {
     PING: (int, int, int),
     TOPOLOGY: (int, list, list, int, int),
     BUNDLE: (list,),
+    BYE: (int, int),
 }
 _META_FIELDS: Final = {PLAIN: 2, REPLY: 3}

@@ -7,6 +7,7 @@ asked --daemon answers--> started --its agent has joined--> member --lost--> rep
 
 from __future__ import annotations
 
+import signal
 import socket as net
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from .elsewhere import Elsewhere
     from .neighbours import Unwatch, Watch
+
+LAST_WORD_S: Final = 0.5
+"""How long the last word of an agent may take, once its daemon has said that it has ended in good order."""
 
 END_LIMIT_S: Final = 6.0
 """How long the agents of other hosts may take to end."""
@@ -90,6 +94,7 @@ class RootHosts:
         self._releases: list[tuple[int, set[int], float]] = []
         self._may_return: set[int] = set()
         self._ended: set[int] = set()
+        self._exits: dict[int, tuple[float, int, int]] = {}
         self._end_at_s: float | None = None
         self.host_address = "127.0.0.1"
 
@@ -169,7 +174,14 @@ class RootHosts:
         if request is not None and request.token in self._requests:
             request.failed[slot] = f"the agent there ended at once, with code {code}"
             self._look_at(request)
-        elif self._life_of(slot) == life:
+        elif self._life_of(slot) == life and code in {0, -signal.SIGTERM} and self._end_at_s is None:
+            # Its own last word comes by another way, and may be behind: it says whether the host was taken away.
+            self._exits[slot] = time.monotonic() + LAST_WORD_S, life, code
+            return
+        self._on_exit(slot, life, code)
+
+    def _on_exit(self, slot: int, life: int, code: int) -> None:
+        if self._life_of(slot) == life:
             self.lose(slot, f"its agent ended with code {code}")
         self._ended.add(slot)
         self._look_at_releases()
@@ -189,13 +201,19 @@ class RootHosts:
     def on_ended(self, slot: int, *, is_preempted: bool) -> None:
         """An agent says good-bye."""
         why = "its host was taken away" if is_preempted else "its agent was told to end"
-        self.lose(slot, why, kind=FailureKind.PREEMPTED if is_preempted else FailureKind.HOST_LOST)
+        self._exits.pop(slot, None)
         self._ended.add(slot)
+        self.lose(slot, why, kind=FailureKind.PREEMPTED if is_preempted else FailureKind.HOST_LOST)
         self._look_at_releases()
 
     def lose(self, slot: int, why: str, *, kind: FailureKind = FailureKind.HOST_LOST) -> None:
         """A host is gone: tell everybody."""
-        if not self._router.is_known(slot) or self._end_at_s is not None:
+        if not self._router.is_known(slot):
+            return
+        if self._end_at_s is not None:
+            if slot not in self._ended:
+                # Those below it are still to be told, by another way.
+                self._publish(lost={slot: Loss("the job has ended", False, FailureKind.STOPPED.value)})
             return
         if slot in self._left:
             self._publish(lost={slot: Loss("it was released", False, FailureKind.STOPPED.value)})
@@ -235,7 +253,9 @@ class RootHosts:
             request.is_admitted = True
             members = [
                 Member(slot, request.lives[slot], str(answer["endpoint"]), str(answer["host"]))
-                for slot, answer in request.answers.items()
+                # Not in the order of the answers: who is above whom depends on the slots alone.
+                for slot in request.addresses
+                if (answer := request.answers[slot])
             ]
             self._publish(members=members, gateway=request.via or self._router.gateway)
         if request.failed and not waiting:
@@ -289,6 +309,10 @@ class RootHosts:
     def check(self, *, now_s: float) -> None:
         """Fail requests that are late."""
         self.attacher.check(now_s=now_s)
+        for slot, (due_s, life, code) in list(self._exits.items()):
+            if now_s >= due_s:
+                del self._exits[slot]
+                self._on_exit(slot, life, code)
         self._look_at_releases()
         for request in [each for each in self._requests.values() if now_s >= each.deadline_s]:
             for slot in request.addresses.keys() - request.failed.keys() - request.joined:
@@ -300,6 +324,7 @@ class RootHosts:
         """When :meth:`check` may have something to do."""
         times_s = [self.attacher.next_check_s(), self._end_at_s, *(each.deadline_s for each in self._requests.values())]
         times_s += [deadline_s for _, _, deadline_s in self._releases]
+        times_s += [due_s for due_s, _, _ in self._exits.values()]
         return min((time_s for time_s in times_s if time_s is not None), default=None)
 
     # the end:

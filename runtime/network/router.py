@@ -12,9 +12,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-import zmq
-
 from ..address import host_of
+from ..messages.frames import received
 from ..messages.wire import WireError, pack
 from . import packets
 from .carrier import Carrier, Loss, Member, Packet, bundle
@@ -24,6 +23,8 @@ from .packets import pack_data, unpack_meta
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    import zmq
+
     from .joins import Key
     from .neighbours import Neighbours
     from .packets import Frames
@@ -32,7 +33,7 @@ __all__ = ["Loss", "Member", "Router", "receive_gate"]
 
 _log = logging.getLogger("danaus.agent")
 _AGENT_META: Final = pack([packets.AGENT])
-_JOINED: Final = (pack([packets.CAST, 0, 0, 0])[:2], pack([packets.REPLY, "", 0])[:2])
+_JOINED: Final = (pack([packets.CAST, 0, 0, 0, 0])[:2], pack([packets.REPLY, "", 0])[:2])
 """First bytes of the meta frames that agents in between look into."""
 _BURST: Final = 256
 
@@ -148,7 +149,7 @@ class Router(Carrier):
         elif kind == packets.REPLY:
             self._deliver_together(rest[0], self._arriving.add((rest[0], rest[1]), body[0], now_s=time.monotonic()))
         elif kind == packets.CAST:
-            self._open_cast(rest[0].get(self.slot, ()), (rest[1], rest[2]), body)
+            self._open_cast(rest[0].get(self.slot, ()), (rest[1], rest[2]), rest[3], body)
         elif kind == packets.AGENT:
             self._on_agent_message(origin, body[0])
         else:
@@ -158,15 +159,22 @@ class Router(Carrier):
         if replies:
             self._deliver(proc, [b"".join(replies)])
 
-    def _open_cast(self, calls: Iterable[tuple[str, int]], key: Key, body: Frames) -> None:
+    def _open_cast(self, calls: Iterable[tuple[str, int]], key: Key, reduce: bytes, body: Frames) -> None:
         if len(body) < 2:
             raise WireError("a cast without its two parts")
         head, tail, *frames = body
         calls = list(calls)
+        slots = [slot for _, slot in calls]
+        # Only neighbours in rank order: who folds them must not change the order of the whole.
+        if reduce and len(calls) > 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+            for proc, slot in calls:
+                elected = [slot, calls[0][0], len(calls), reduce]
+                self._deliver(proc, packets.join_call(head, elected, tail, frames))
+            return
         if key[1]:
             self._leaving.expect(key, len(calls))
-        for proc, call_slot in calls:
-            self._deliver(proc, packets.join_call(head, call_slot, tail, frames))
+        for proc, slot in calls:
+            self._deliver(proc, packets.join_call(head, slot, tail, frames))
 
     def _open_piece(self, origin: int, piece: bytes, *, is_last: bool) -> None:
         pieces = self._pieces.setdefault(origin, [])
@@ -201,11 +209,7 @@ class Router(Carrier):
 
 def receive_gate(gate: zmq.Socket[bytes], router: Router) -> None:
     """Take what processes have handed in."""
-    for _ in range(_BURST):
-        try:
-            frames = gate.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return
+    for frames in received(gate, _BURST):
         try:
             router.from_process(frames)
         except (WireError, ValueError) as error:

@@ -28,6 +28,8 @@ STAND_IN = Path(__file__).with_name("stand_in_agent.py")
 LIMIT_S = 10.0
 SECRET = b"J" * 32
 """Of the jobs in these tests."""
+ALONE = {"DANAUS_GRACE_S": "3600"}
+"""Variables for an agent that no other agent speaks to: it does not leave for that."""
 
 
 @dataclass

@@ -5,21 +5,25 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import zmq
 
 from danaus.runtime.network.door import connect
 from danaus.runtime.network.keys import derive, format_key, read_key_file
 
-from .daemons import LIMIT_S, SECRET, DaemonProcess, run_daemon
+from .daemons import LIMIT_S, SECRET, DaemonProcess, rss_bytes, run_daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @pytest.fixture
@@ -199,7 +203,7 @@ def test_sigterm_lets_agents_drain_and_a_second_one_is_passed_on(daemon: DaemonP
 
     daemon.process.send_signal(signal.SIGTERM)
 
-    assert daemon.process.wait(LIMIT_S) == 0
+    assert daemon.process.wait(LIMIT_S) == TERMINATED
     wait_gone(fields["pid"])
     assert daemon.agents()[-1]["signals"] == [signal.SIGTERM]
 
@@ -221,7 +225,7 @@ def test_a_daemon_that_ends_refuses_new_jobs(daemon: DaemonProcess) -> None:
 
     assert answer == ["refused", {"reason": "this daemon is ending"}]
     os.kill(fields["pid"], signal.SIGKILL)
-    assert daemon.process.wait(LIMIT_S) == 0
+    assert daemon.process.wait(LIMIT_S) == TERMINATED
 
 
 def test_agents_end_with_a_daemon_that_is_killed(daemon: DaemonProcess) -> None:
@@ -334,3 +338,60 @@ def test_strangers_and_plain_sockets_are_turned_away_by_the_daemon(daemon: Daemo
     daemon.wait_said("1 callers without the key turned away (last from 127.0.0.1)")
     stranger.close(0)
     plain.close(0)
+
+
+@pytest.mark.slow
+def test_connections_that_come_to_nothing_are_counted_in_the_log(daemon: DaemonProcess) -> None:
+    assert daemon.call().ask("ping") == ["pong"]
+    host, port = daemon.endpoint.removeprefix("tcp://").split(":")
+    for _ in range(3):
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
+
+    daemon.wait_said("3 connections in all that came to nothing")
+
+
+def test_a_caller_that_never_reads_costs_little(daemon: DaemonProcess) -> None:
+    """What it is owed is dropped in the end, and others are served meanwhile."""
+    caller, other = daemon.call(options={zmq.RCVHWM: 1}), daemon.call()
+    assert other.ask("ping") == ["pong"]
+    before_bytes = rss_bytes(daemon.process.pid)
+
+    for number in range(30_000):
+        caller.send("info", number)
+    assert other.ask("ping") == ["pong"]
+
+    assert rss_bytes(daemon.process.pid) - before_bytes < 24 << 20
+
+
+REAL = (sys.executable, "-m", "danaus.tools.host")
+
+
+def test_of_a_real_agent_that_is_killed_nothing_is_left(tmp_path: Path) -> None:
+    with run_daemon(tmp_path, command=REAL) as daemon:
+        caller = daemon.call()
+        kind, fields = caller.attach("real")
+        assert kind == "attached", fields
+        below = psutil.Process(fields["pid"]).children(recursive=True)
+        (directory,) = Path(os.environ["DANAUS_SOCKET_DIR"]).glob("danaus-*")
+
+        os.kill(fields["pid"], signal.SIGKILL)
+
+        assert caller.wait_exited()["code"] == -signal.SIGKILL
+        assert not directory.exists()
+        for process in below:
+            wait_gone(process.pid)
+        assert caller.attach("real", incarnation=1)[0] == "attached"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_agent_ends_with_its_daemon(tmp_path: Path, signum: int) -> None:
+    with run_daemon(tmp_path, command=REAL) as daemon:
+        pids = [daemon.call().attach(job)[1]["pid"] for job in ("one", "two")]
+
+        daemon.process.send_signal(signum)
+
+        assert daemon.process.wait(LIMIT_S) == (TERMINATED if signum == signal.SIGTERM else 0)
+        for pid in pids:
+            wait_gone(pid)
+        assert list(Path(os.environ["DANAUS_SOCKET_DIR"]).glob("danaus-*")) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from danaus.runtime.network.daemon_protocol import (
@@ -22,7 +22,9 @@ from danaus.runtime.network.daemon_protocol import (
     parse,
 )
 
-UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+from .fuzzing import fuzzed
+
+UNHURRIED = fuzzed(100)
 SECRET = b"TELL-NOBODY-" + b"x" * 20
 FIELDS: dict[str, Any] = {"job": "train-a1", "slot": 3, "incarnation": 2, "secret": SECRET}
 
@@ -100,13 +102,14 @@ WRONG: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_wrong_field_is_named_and_not_shown(name: str, value: Any) -> None:
-    with pytest.raises(Refusal) as raised:
-        parse(pack("attach", 4, {**FIELDS, name: value}))
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_field_is_named_and_not_shown(name: str) -> None:
+    for value in WRONG[name]:
+        with pytest.raises(Refusal) as raised:
+            parse(pack("attach", 4, {**FIELDS, name: value}))
 
-    assert raised.value.reason.startswith(f"{name}: expected ")
-    assert "TELL-NOBODY" not in repr(raised.value)
+        assert raised.value.reason.startswith(f"{name}: expected ")
+        assert "TELL-NOBODY" not in repr(raised.value)
 
 
 def test_requests_show_no_secret() -> None:

@@ -32,6 +32,7 @@ class Worker(Actor):
 
     def __init__(self) -> None:
         self.seen: list[int] = []
+        self.bad = -1
 
     @endpoint
     def where(self) -> tuple[int, int, str]:
@@ -64,6 +65,21 @@ class Worker(Actor):
     def own(self) -> Worker:
         self.procs = danaus.this_host().spawn_procs(name="owned")
         return self.procs.spawn("worker", Worker)
+
+    @endpoint
+    def letter(self) -> str:
+        return "abcdef"[current_rank().rank]
+
+    @endpoint
+    def number(self) -> int:
+        if current_rank().rank == self.bad:
+            raise ValueError("it did not work")
+        return current_rank().rank + 1
+
+    @endpoint
+    def break_rank(self, rank: int) -> int:
+        self.bad = rank
+        return rank
 
     @endpoint
     def wait_for_ever(self) -> int:
@@ -132,6 +148,22 @@ def test_values_of_any_size_come_through(hosts: HostMesh) -> None:
             array = np.arange(size)
             for value in workers.echo.call(array).get(timeout=20).values():
                 np.testing.assert_array_equal(value, array)
+
+
+def test_values_are_joined_on_their_hosts_in_rank_order(hosts: HostMesh) -> None:
+    with hosts.spawn_procs({"gpus": 3}) as procs:
+        workers: Any = procs.spawn("workers", Worker)
+
+        assert workers.letter.call(reduce="concat").get(timeout=20) == "abcdef"
+        assert workers.letter.call(reduce=lambda left, right: f"({left}{right})").get(timeout=20) == "(((ab)c)((de)f))"
+        assert workers.slice(gpus=slice(0, 3, 2)).letter.call(reduce="concat").get(timeout=20) == "acdf"
+        assert workers.number.call(reduce="sum").get(timeout=20) == 21
+        assert workers.number.call(reduce="mean").get(timeout=20) == 3.5
+        with pytest.raises(danaus.ActorError, match="reduce= of ranks"):
+            workers.number.call(reduce=lambda _left, _right: 1 // 0).get(timeout=20)
+        workers.break_rank.call(4).get(timeout=20)
+        with pytest.raises(danaus.ActorError, match="it did not work"):
+            workers.number.call(reduce="sum").get(timeout=20)
 
 
 def test_an_error_reads_as_on_one_host(hosts: HostMesh) -> None:

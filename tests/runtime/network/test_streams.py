@@ -22,6 +22,9 @@ from danaus.runtime.network.streams import (
     Send,
 )
 
+# Shared machines are slow at times.
+pytestmark = pytest.mark.timeout(60)
+
 HALF_MIB = 1 << 19
 
 

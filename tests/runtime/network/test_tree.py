@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from danaus.runtime.network.tree import Tree
 
+# Shared machines are slow at times.
+pytestmark = pytest.mark.timeout(60)
+
 
 @dataclass(frozen=True)
 class Case:
