@@ -4,6 +4,7 @@
     python -m danaus.programs.train --ranks 2 --steps 500 --text 'books/**/*.txt' --bpe-vocab 2048
     python -m danaus.programs.train --kill-rank-at 120
     python -m danaus.programs.train --chaos 20 --steps 100 --model tiny
+    python -m danaus.programs.train --hosts 2 --kill-host-at 120
     python -m danaus.programs.train --out out/mine --resume
 
 Four ranks of one thread each take about a minute on two cores; the loss falls from 5.2 to about 1.8 nats per byte, and
@@ -12,11 +13,17 @@ the sample at the end looks like Python from a distance. Checkpoints, loss, its 
 With ``--kill-rank-at`` a rank is killed in the middle of that step. The runtime starts it again, it takes the state of
 another rank, and the run goes on from the step before; nothing happens to the other ranks. Losses and final state are
 those of a run in which nothing happened. ``--chaos 20`` does so at random, and compares.
+
+With ``--hosts 2`` the ranks are spread over two hosts, which are daemons on this machine; on a cluster, another job
+takes the place of the ``LocalJob`` and nothing else changes. ``--kill-host-at`` ends one of them, its daemon and all of
+its ranks, in the middle of that step. The job starts another, the runtime the ranks on it, and the run goes on.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
@@ -40,9 +47,12 @@ from danaus.programs.arguments import parse_config
 from danaus.programs.chaos import Loss, Saboteur, draw_losses
 from danaus.programs.progress import TrainingBar
 from danaus.programs.run_log import RunLog
+from danaus.runtime.jobs.local_job import LocalJob
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
+
+    from danaus import HostMesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -87,6 +97,10 @@ class Config:
     """Go on from the newest checkpoint in --out."""
     kill_rank_at: int | None = None
     """Kill the last rank in the middle of this step, to see the run survive it."""
+    hosts: int = 1
+    """Hosts that share the ranks: more than one are daemons on this machine."""
+    kill_host_at: int | None = None
+    """End the last host in the middle of this step, with all of its ranks; another one takes its place."""
     chaos: int = 0
     """Kill this many random ranks at random points, and compare the result with that of an undisturbed run."""
     chaos_seed: int = 0
@@ -105,6 +119,12 @@ class Config:
             raise ValueError("--resume needs --out: the folder of the run to go on with")
         if min(self.ranks, self.steps, self.save_every) < 1:
             raise ValueError("--ranks, --steps and --save-every must be 1 or more")
+        if self.hosts < 1 or self.ranks % self.hosts:
+            raise ValueError(f"--ranks {self.ranks} cannot be shared equally by --hosts {self.hosts}")
+        if self.kill_host_at is not None and self.hosts == 1:
+            raise ValueError("--kill-host-at needs --hosts 2 or more: the only host is that of the program itself")
+        if self.kill_host_at is not None and self.kill_host_at == self.kill_rank_at:
+            raise ValueError("--kill-rank-at and --kill-host-at: in a step of their own each")
         if self.chaos and self.resume:
             raise ValueError("--chaos compares two whole runs: leave out --resume")
         if self.chaos >= self.steps:
@@ -135,12 +155,14 @@ def run(config: Config, corpus: Corpus, out: Path, losses: Sequence[Loss] = ()) 
     out.mkdir(parents=True, exist_ok=True)
     log = RunLog.read(out, up_to=newest_step(out))
     saboteur = Saboteur(losses)
-    restart = Restart(max_restarts=config.max_restarts + config.chaos)
+    per_host = config.ranks // config.hosts
+    # The loss of a host is that of each of its ranks.
+    num_planned = config.chaos + (0 if config.kill_host_at is None else per_host)
+    restart = Restart(max_restarts=config.max_restarts + num_planned)
     with (
         TrainingBar(config.steps) as bar,
-        this_host().spawn_procs(
-            {"dp": config.ranks}, name="trainers", preload=Trainer.PRELOAD, restart=restart
-        ) as procs,
+        training_hosts(config) as hosts,
+        hosts.spawn_procs({"dp": per_host}, name="trainers", preload=Trainer.PRELOAD, restart=restart) as procs,
     ):
         bar.say(f"files of this run go to {out}")
         trainers = procs.spawn(
@@ -150,6 +172,16 @@ def run(config: Config, corpus: Corpus, out: Path, losses: Sequence[Loss] = ()) 
         if len(losses) > 1:
             bar.say(saboteur.table())
     return log
+
+
+@contextmanager
+def training_hosts(config: Config) -> Generator[HostMesh]:
+    """Give the hosts to train on: this one, or several that are started here, whose lost ones are replaced."""
+    if config.hosts == 1:
+        yield this_host()
+        return
+    with LocalJob(hosts=config.hosts, name=f"train-{os.getpid()}", replace_lost=config.hosts) as job:
+        yield job.hosts()
 
 
 def train(trainers: Trainer, config: Config, log: RunLog, bar: TrainingBar, saboteur: Saboteur) -> None:
@@ -212,7 +244,8 @@ def keep(trainers: Trainer, done: int, config: Config, log: RunLog, bar: Trainin
 
 def finish(trainers: Trainer, config: Config, log: RunLog) -> None:
     """Let the model write, draw the loss, compare the replicas."""
-    sample = trainers.slice(dp=0).sample.options(timeout=config.timeout_s)
+    first = trainers.flatten("rank").slice(rank=0)
+    sample = first.sample.options(timeout=config.timeout_s)
     log.sample = sample.call_one(config.prompt, max_tokens=config.sample_tokens, seed=config.seed).get()
     (log.out / "sample.txt").write_text(log.sample)
     log.plot()
@@ -229,6 +262,8 @@ def planned_losses(config: Config) -> list[Loss]:
     )
     if config.kill_rank_at is not None:
         losses.append(Loss(config.ranks - 1, "backward", config.kill_rank_at))
+    if config.kill_host_at is not None:
+        losses.append(Loss(config.ranks - 1, "backward", config.kill_host_at, with_host=True))
     return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import os
 import socket
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.config import socket_root
+from ..runtime.config import plain_bulk, socket_root, use_nixl
 from .check import Check, Status
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def check_network() -> Iterator[Check]:
     yield check_loopback()
     yield check_port_range()
     yield check_own_name()
+    yield check_streams(is_plain=plain_bulk(), has_nixl=use_nixl())
     yield check_reverse_lookup(_read(Path("/etc/hosts")), _read(Path("/etc/nsswitch.conf")), _time(_reverse_lookup))
 
 
@@ -55,6 +57,17 @@ def check_loopback() -> Check:
         fix = "bring the loopback interface up: ip link set lo up"
         return Check("loopback", Status.WARNING, f"TCP to 127.0.0.1 fails: {error}; Gloo needs it", fix)
     return Check("loopback", Status.OK, "TCP to 127.0.0.1 works")
+
+
+def check_streams(*, is_plain: bool, has_nixl: bool) -> Check:
+    """What large values between hosts travel by."""
+    switches = [name for name, is_on in (("DANAUS_PLAIN_BULK", is_plain), ("DANAUS_NIXL", has_nixl)) if is_on]
+    if switches:
+        fix = f"unset {' and '.join(switches)} unless nobody else is on that network"
+        return Check("streams", Status.WARNING, "large values travel between hosts unencrypted", fix)
+    if importlib.util.find_spec("cryptography") is None:
+        return Check("streams", Status.WARNING, "no certificates can be made", "pip install 'danaus[hosts]'")
+    return Check("streams", Status.OK, "TLS 1.3 between hosts")
 
 
 def check_port_range() -> Check:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import danaus.programs
-from danaus import SupervisionError
+from danaus import FailureKind, SupervisionError
 from danaus.programs.chaos import Loss
 from danaus.programs.train import Config, main, parse_config, read_corpus, run
 
@@ -57,6 +58,30 @@ def test_a_lost_rank_changes_neither_losses_nor_result(tmp_path: Path, capsys: p
     assert "step 4 is completed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_a_lost_host_changes_neither_losses_nor_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = main(replace(SMALLEST, out=str(tmp_path / "a")))
+    # The agents of hosts that are attached from now on read it.
+    danaus.shutdown_context().get()
+    monkeypatch.setenv("DANAUS_GRACE_S", "2")
+    monkeypatch.setenv("DANAUS_STATE_DIR", str(tmp_path / "state"))
+
+    # What a killed agent leaves behind is in there.
+    with tempfile.TemporaryDirectory(prefix="dt-", dir="/tmp") as sockets:
+        monkeypatch.setenv("DANAUS_SOCKET_DIR", sockets)
+        log = main(replace(SMALLEST, out=str(tmp_path / "b"), hosts=2, kill_host_at=4))
+        danaus.shutdown_context().get()
+
+    assert list(log.recoveries) == [4]
+    assert [(failure.rank, failure.kind) for failure in log.lost] == [(1, FailureKind.HOST_LOST)]
+    assert (log.losses, log.held_out) == (undisturbed.losses, undisturbed.held_out)
+    assert log.state_hash == undisturbed.state_hash
+    assert "about to kill the host of rank 1 at 'backward' of step 4" in capsys.readouterr().out
+
+
 def test_chaos_ends_in_the_state_of_an_undisturbed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = main(replace(SMALLEST, steps=8, out=str(tmp_path), chaos=6))
 
@@ -100,7 +125,17 @@ def test_byte_pairs_can_be_learned_on_the_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["--resume", "--ranks 0", "--save-every 0", "--chaos 200", "--chaos 3 --resume --out x"]
+    "line",
+    [
+        "--resume",
+        "--ranks 0",
+        "--save-every 0",
+        "--chaos 200",
+        "--chaos 3 --resume --out x",
+        "--hosts 3",
+        "--kill-host-at 5",
+        "--hosts 2 --kill-host-at 5 --kill-rank-at 5",
+    ],
 )
 def test_a_command_line_that_makes_no_sense_is_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

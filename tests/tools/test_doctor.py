@@ -213,3 +213,11 @@ def test_a_lookup_that_hangs_does_not_hang_the_doctor() -> None:
 
     assert answer is None
     assert took_s < 5
+
+
+def test_streams_without_encryption_are_told_of_by_their_switch() -> None:
+    assert check_network.check_streams(is_plain=False, has_nixl=False).status is Status.OK
+    told = check_network.check_streams(is_plain=True, has_nixl=True)
+
+    assert told.status is Status.WARNING
+    assert "DANAUS_PLAIN_BULK and DANAUS_NIXL" in str(told.fix)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import TYPE_CHECKING
 
@@ -40,9 +41,9 @@ def started(*arguments: object, cwd: Path) -> Generator[subprocess.Popen[str]]:
             process.kill()
 
 
-def start(*arguments: object, cwd: Path) -> tuple[int, str, str]:
+def start(*arguments: object, cwd: Path, limit_s: float = LIMIT_S) -> tuple[int, str, str]:
     with started(*arguments, cwd=cwd) as process:
-        out, err = process.communicate(timeout=LIMIT_S)
+        out, err = process.communicate(timeout=limit_s)
         return process.returncode, out, err
 
 
@@ -168,6 +169,41 @@ dist.destroy_process_group()
         "[train 2] 4.0 2 0 2 1 2",
         "[train 3] 4.0 3 1 2 1 2",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_a_lost_host_is_replaced_and_all_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+import os, signal, time
+import torch, torch.distributed as dist
+def parent(pid):
+    return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+dist.init_process_group("gloo")
+dist.barrier()
+count = os.environ["TORCHELASTIC_RESTART_COUNT"]
+if count == "0" and dist.get_rank() == 1:
+    agent = parent(os.getpid())
+    for pid in (parent(agent), agent):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(600)
+dist.barrier()
+print("count", count)
+dist.destroy_process_group()
+"""
+    write(tmp_path / "job.py", "from danaus import LocalJob\njob = LocalJob(hosts=2, name='spmd', replace_lost=1)\n")
+    monkeypatch.setenv("DANAUS_GRACE_S", "2")
+    monkeypatch.setenv("DANAUS_STATE_DIR", str(tmp_path / "state"))
+    # What a killed agent leaves behind is in there.
+    with tempfile.TemporaryDirectory(prefix="dr-", dir="/tmp") as sockets:
+        monkeypatch.setenv("DANAUS_SOCKET_DIR", sockets)
+        write(tmp_path / "train.py", text)
+
+        code, out, err = start("--job", "job.py", "--nproc", 1, "--restart", 1, "train.py", cwd=tmp_path, limit_s=120)
+
+    assert (code, out) == (0, "[train 0-1] count 1 (x2)\n")
+    assert "failed (host lost)" in err
+    assert "danaus run: starting again (1 of 1)" in err
 
 
 def test_restarts_are_counted_and_the_last_failures_code_is_the_exit_code(tmp_path: Path) -> None:

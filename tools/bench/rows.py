@@ -10,8 +10,8 @@ from typing import Final
 NOISE: Final = 1.5
 """A row is void where its limit is this many times worse than the one on record."""
 
-UNITS: Final = {"us": 1e6, "ms": 1e3, "s": 1.0, "/s": 1.0, "MiB": 1.0, "GiB": 1 / 1024}
-"""What seconds, rates and MiB are multiplied by."""
+UNITS: Final = {"us": 1e6, "ms": 1e3, "s": 1.0, "/s": 1.0, "MiB": 1.0, "GiB": 1 / 1024, "messages": 1.0}
+"""What seconds, rates, MiB and counts are multiplied by."""
 
 
 class Verdict(Enum):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import failure, latency, memory, payloads, record, repair, scale, startup, table, throughput
+from . import bulk, cut, failure, hosts, latency, memory, payloads, record, repair, scale, startup, table, throughput
 from .compare import regressions
 from .lab import FULL, QUICK, Lab, Measure
 from .peers import load_peer
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 _WIDTH_IN_A_FILE: Final = 130
 _INTERRUPTED: Final = 130
 # Memory first, before this process has imported what the payloads need.
-MEASURES: Final[tuple[Measure, ...]] = tuple(
-    itertools.chain.from_iterable(
-        part.MEASURES for part in (memory, startup, latency, throughput, failure, repair, payloads, scale)
-    )
-)
+_PARTS: Final = (memory, startup, latency, throughput, failure, repair, payloads, bulk, hosts, cut, scale)
+MEASURES: Final[tuple[Measure, ...]] = tuple(itertools.chain.from_iterable(part.MEASURES for part in _PARTS))
 
 
 def run(options: argparse.Namespace) -> int:
