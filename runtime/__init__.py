@@ -1,6 +1,6 @@
 """Processes, meshes, actors, calls: everything a controller script imports, from here or from ``danaus`` itself.
 
-actor, actor_mesh, mesh, context    what users write and hold
+actor, actor_mesh, mesh, host_mesh, context    what users write and hold
 calls/          adverbs, futures, value meshes: how a call is made and answered
 proc            a process's part in the runtime: its links, its actors, its I/O thread
 keeping         what actors get back when they are started again
@@ -44,9 +44,10 @@ from .errors import (
     SupervisionError,
 )
 from .failure import FailureKind, MeshFailure
+from .host_mesh import HostMesh, this_host
 from .keeping import checkpoint
 from .lazy import late as _late
-from .mesh import HostMesh, ProcMesh, this_host, this_proc
+from .mesh import ProcMesh, this_proc
 from .registry import get_or_spawn_controller
 from .shapes.shape import Extent, Point, Region
 from .supervision.elastic import Health

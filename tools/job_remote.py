@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from ..runtime.calls.future import Future
     from ..runtime.calls.port import PortReceiver
+    from ..runtime.host_mesh import HostMesh
     from ..runtime.jobs import HostRecord, Job
-    from ..runtime.mesh import HostMesh
 
 LOST: Final = 255
 """Exit code for a host that was lost, as ssh has it."""

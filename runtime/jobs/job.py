@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from ..mesh import HostMesh
+    from ..host_mesh import HostMesh
     from ..proc import LocalProc
 
 JOIN_S: Final = 5.0

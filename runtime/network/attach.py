@@ -12,7 +12,7 @@ from ..address import CONTROLLER
 from ..calls.future import Future, _run_apart
 from ..context import local_proc
 from ..errors import DanausError
-from ..mesh import Host, HostMesh
+from ..host_mesh import Host, HostMesh
 from ..shapes.shape import Extent
 from ..workspace.errors import VersionMismatch
 from ..workspace.sync import sync_again

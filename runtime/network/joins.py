@@ -58,6 +58,11 @@ class Joins:
             join.due_s = now_s + HOLD_S
         return []
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether anything waits."""
+        return bool(self._held)
+
     def take(self, proc: str) -> list[tuple[Key, list[Any]]]:
         """Return what waits for ``proc``: something else goes there that must not overtake it."""
         return [self._take(key) for key in list(self._held) if key[0] == proc] if self._held else []

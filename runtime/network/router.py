@@ -81,18 +81,24 @@ class Router(Carrier):
         meta, *body = frames
         kind, target, *rest = unpack_meta(meta)
         if kind == packets.CAST:
+            for proc in _targets(target) if self._leaving.is_holding else ():
+                self._send_on_leaving(proc)
             if rest[1]:
                 self._arriving.expect((rest[0], rest[1]), len(target))
             self._post(list(target), Packet(meta, body))
         elif kind == packets.PLAIN:
-            for key, held in self._leaving.take(target):
-                self._post_replies(key, held)
+            self._send_on_leaving(target)
             self._post([host_of(target)], Packet(meta, body))
         elif kind == packets.REPLY and len(body) == 1:
             key = (target, rest[0])
             self._post_replies(key, self._leaving.add(key, body[0], now_s=time.monotonic()))
         else:
             raise WireError("processes speak to other agents through their own")
+
+    def _send_on_leaving(self, proc: str) -> None:
+        """Something follows that must not overtake the replies to ``proc`` that wait here."""
+        for key, held in self._leaving.take(proc):
+            self._post_replies(key, held)
 
     def _post_replies(self, key: Key, replies: list[bytes]) -> None:
         """Send replies to one call as one packet: they are envelopes, which may be laid end to end."""
@@ -143,8 +149,7 @@ class Router(Carrier):
         if not body:
             raise WireError("a packet without a body")
         if kind == packets.PLAIN:
-            for (proc, _), held in self._arriving.take(rest[0]):
-                self._deliver(proc, [b"".join(held)])
+            self._deliver_arriving(rest[0])
             self._deliver(rest[0], body)
         elif kind == packets.REPLY:
             self._deliver_together(rest[0], self._arriving.add((rest[0], rest[1]), body[0], now_s=time.monotonic()))
@@ -155,6 +160,10 @@ class Router(Carrier):
         else:
             self._open_piece(origin, body[0], is_last=rest[0])
 
+    def _deliver_arriving(self, proc: str) -> None:
+        for _, held in self._arriving.take(proc):
+            self._deliver_together(proc, held)
+
     def _deliver_together(self, proc: str, replies: list[bytes]) -> None:
         if replies:
             self._deliver(proc, [b"".join(replies)])
@@ -164,6 +173,8 @@ class Router(Carrier):
             raise WireError("a cast without its two parts")
         head, tail, *frames = body
         calls = list(calls)
+        for proc, _ in calls if self._arriving.is_holding else ():
+            self._deliver_arriving(proc)
         slots = [slot for _, slot in calls]
         # Only neighbours in rank order: who folds them must not change the order of the whole.
         if reduce and len(calls) > 1 and slots == list(range(slots[0], slots[0] + len(slots))):
@@ -205,6 +216,10 @@ class Router(Carrier):
         """When :meth:`check` has something to do."""
         joins = (self._leaving, self._passing, self._arriving)
         return min([super().next_check_s(), *(due_s for each in joins if (due_s := each.next_due_s()) is not None)])
+
+
+def _targets(shares: dict[int, list[tuple[str, int]]]) -> Iterable[str]:
+    return (proc for share in shares.values() for proc, _ in share)
 
 
 def receive_gate(gate: zmq.Socket[bytes], router: Router) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..calls.future import refuse_inside_loop
 from ..context import local_proc
-from ..mesh import HostMesh
+from ..host_mesh import HostMesh
 from ..shapes.shape import Extent
 from .errors import WorkspaceError
 from .paths import Workspace, no_workspaces, workspace_of, workspaces_of

@@ -54,7 +54,7 @@ class FakeLocal:
     """A process that keeps what it is told; time stands still until the test moves it."""
 
     def __init__(self, directory: Path) -> None:
-        self.proc_id, self.host, self.now_s = "w-9.0", "here", 100.0
+        self.proc_id, self.slot, self.host, self.now_s = "w-9.0", 0, "here", 100.0
         self.gone: dict[str, MeshFailure] = {}
         self.actors: dict[str, Any] = {}
         self.on_event: dict[str, Callable[[dict[str, Any]], None]] = {}
