@@ -86,12 +86,14 @@ def cluster() -> Iterator[RayCluster]:
     with pytest.MonkeyPatch.context() as patch:
         # Else Ray leaves things in /tmp/ray, where it also looks for clusters that are not ours.
         patch.setenv("RAY_TMPDIR", directory)
-        made = RayCluster()
+        made, before = RayCluster(), signal.getsignal(signal.SIGTERM)
         try:
             made.start(nodes=3)
             yield made
         finally:
             made.close()
+            # Ray takes it for itself.
+            signal.signal(signal.SIGTERM, before)
             shutil.rmtree(directory, ignore_errors=True)
 
 

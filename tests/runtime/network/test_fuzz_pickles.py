@@ -73,8 +73,8 @@ class Keeper(Actor):
 class Job:
     """A job on two hosts, as a stranger sees it and as its owner does."""
 
-    def __init__(self, found: Daemons, keepers: Keeper) -> None:
-        self.daemons, self.keepers = found, keepers
+    def __init__(self, found: Daemons, keepers: Keeper, others: set[tuple[str, int]]) -> None:
+        self.daemons, self.keepers, self._others = found, keepers, others
 
     def processes(self) -> list[psutil.Process]:
         """Those of the daemons, and all below them."""
@@ -83,20 +83,30 @@ class Job:
 
     def ports(self) -> set[tuple[str, int]]:
         """Every tcp port that is listened on, by a process of the job or by the controller."""
-        found: set[tuple[str, int]] = set()
-        for process in [*self.processes(), *psutil.Process().children(recursive=True), psutil.Process()]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for each in process.net_connections(kind="tcp"):
-                    if each.status == psutil.CONN_LISTEN:
-                        found.add(("127.0.0.1", each.laddr.port))
-        return found
+        return listening([*self.processes(), *own_processes()]) - self._others
 
     def check_lives(self) -> None:
         assert list(self.keepers.first.call().get(timeout=LIMIT_S).values()) == [0.0, 0.0]
 
 
+def own_processes() -> list[psutil.Process]:
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    found: set[tuple[str, int]] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for each in process.net_connections(kind="tcp"):
+                if each.status == psutil.CONN_LISTEN:
+                    found.add(("127.0.0.1", each.laddr.port))
+    return found
+
+
 @pytest.fixture(scope="module")
 def job() -> Iterator[Job]:
+    # Libraries that other modules have used go on listening.
+    others = listening(own_processes())
     with daemons(2) as found:
         hosts = attach_to_hosts(found.addresses, key=found.key)
         with hosts.spawn_procs() as procs:
@@ -107,7 +117,7 @@ def job() -> Iterator[Job]:
                 into = np.zeros(1000)
                 buffer.read_into(into).get(timeout=LIMIT_S)
                 assert into[999] == 999.0
-            yield Job(found, keepers)
+            yield Job(found, keepers, others)
         danaus.shutdown_context()
 
 
