@@ -44,9 +44,12 @@ demo: setup
 # Kernels keep one core busy for minutes, most of the rest waits: two runs side by side take little longer than one of them.
 APART := tests/kernels tests/runtime/jobs tests/tools/test_job.py tests/tools/test_job_remote.py tests/tools/test_run_spmd.py
 
+# A shell has what it runs in the background ignore SIGINT, which tests send.
+INTERRUPTIBLE := import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])
+
 test: setup
 ifeq ($(strip $(ARGS)),)
-	@$(BIN)/python -m pytest $(APART) > $(VENV)/apart.log 2>&1 & apart=$$!; \
+	@$(BIN)/python -c '$(INTERRUPTIBLE)' $(BIN)/python -m pytest $(APART) > $(VENV)/apart.log 2>&1 & apart=$$!; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(APART)); rest=$$?; \
 	wait $$apart; code=$$?; echo "== $(APART)"; cat $(VENV)/apart.log; \
 	[ $$rest -eq 0 ] && [ $$code -eq 0 ]
