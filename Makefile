@@ -42,7 +42,8 @@ demo: setup
 	$(BIN)/python -m danaus.programs.train --kill-rank-at 120 $(ARGS)
 
 # Kernels keep one core busy for minutes, most of the rest waits: two runs side by side take little longer than one of them.
-APART := tests/kernels tests/runtime/jobs tests/tools/test_job.py tests/tools/test_job_remote.py tests/tools/test_run_spmd.py
+APART := tests/kernels tests/runtime/bulk tests/runtime/jobs tests/runtime/workspace tests/tools/test_job.py \
+	tests/tools/test_job_remote.py tests/tools/test_run_spmd.py
 
 # A shell has what it runs in the background ignore SIGINT, which tests send.
 INTERRUPTIBLE := import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])
