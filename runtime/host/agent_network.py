@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ..address import CONTROLLER, host_of
+from ..bulk import certificate
 from ..network.attacher import Attacher
 from ..network.elsewhere import Elsewhere
 from ..network.keys import new_secret
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from .agent import Agent
     from .proc_table import Command
     from .settings import AgentSettings
-
-CERTIFICATE: Final = "tls.pem"
-"""Name of the file, in the job's directory, with what processes open direct streams with."""
 
 _log = logging.getLogger("danaus.agent")
 
@@ -49,8 +47,7 @@ class AgentNetwork:
         self._secret = new_secret() if settings is None else settings.secret
         self._certificate = _mint() if settings is None else settings.certificate
         self.slot = 0 if settings is None else settings.slot
-        with open(os.path.join(directory, CERTIFICATE), "wb", opener=_private) as file:
-            file.write(self._certificate)
+        certificate.write(directory, self._certificate)
         self.elsewhere = Elsewhere(
             self,
             context,
@@ -242,10 +239,8 @@ class AgentNetwork:
 
 def _mint() -> bytes:
     """A certificate for the job; empty where the package for that is missing: then nothing streams directly."""
-    from ..bulk.certificate import mint
-
     try:
-        return mint()
+        return certificate.mint()
     except ImportError:
         _log.warning("without certificates large values go through the agents, slowly: pip install 'danaus[hosts]'")
         return b""
@@ -253,7 +248,3 @@ def _mint() -> bytes:
 
 def _tcp(host: str) -> str:
     return f"tcp://[{host}]:0" if ":" in host else f"tcp://{host}:0"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

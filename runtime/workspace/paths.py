@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary
 
-from .settings import state_root
+from ..config import state_root
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping, Sequence
